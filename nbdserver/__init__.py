@@ -1,0 +1,1 @@
+"""The network side of Sheepfold: NBD handshake, transmission, exports, control API and command line."""

@@ -1,0 +1,1 @@
+"""Backends: where one zone keeps its objects (base.py is the contract)."""

@@ -1,0 +1,158 @@
+"""What the network side may ask of a volume: the contract that every kind of volume keeps.
+
+Conformance suite: tests/contract/volume_contract.py (run over the memory volume and over VDIs of a store).
+
+Two ways in, one meaning. The `*_now` methods are for the hot path: they finish at once or say that they can't and have
+done nothing. The coroutines always finish. A caller tries the first and falls back to the second.
+
+Order: a write that was acknowledged before another was submitted is before it in the log. Requests in flight together
+that overlap have no order among them (proto.md, "Ordering of messages and writes").
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from objstore.units import MIB
+
+REQUEST_BYTES_MAX = 64 * MIB
+"""Largest read or write that a volume takes in one call. Trim, zero, cache and extents have no such limit."""
+
+
+class Extent(NamedTuple):
+    """A run of bytes with one state, in ascending order, never empty. `hole` = not allocated, `zero` = reads as zeros.
+
+    Three states occur: data (False, False), hole (True, True), reserved zeros (False, True).
+    """
+
+    length_bytes: int
+    hole: bool
+    zero: bool
+
+
+def always() -> bool:
+    """The default `alive`: a caller that never goes away."""
+    return True
+
+
+class Volume(Protocol):
+    """A disk. Offsets and lengths are bytes, any alignment; length 0 is valid and does nothing.
+
+    Every method: InvalidRequest for negative numbers or an over-long request; OutOfRange past the end (nothing done);
+    Unavailable when zones failed; Fenced, Stopping when the handle is finished. Writing methods: ReadOnly, NoSpace.
+    Unless said otherwise an error means that nothing was changed.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str:
+        """One line for people: mode, copies."""
+        ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def read_only(self) -> bool: ...
+
+    def read_now(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
+        """Read without waiting, if everything is at hand; never raises for damage or misses, only for bad ranges.
+
+        into: writable, contiguous, exactly length_bytes long.
+        Returns how many of the bytes are known to be zeros without data behind them (holes, reserved zeros):
+            0 = all data; between = `into` is filled, zeros included, and `extents` tells where they are;
+            length_bytes = nothing but zeros, and `into` was NOT touched. -1 = can't now; `into` may be scribbled on.
+        """
+        ...
+
+    async def read(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
+        """As read_now, waiting where necessary. Corrupt: every byte outside of its `bad` ranges has been filled
+        (zeros included)."""
+        ...
+
+    def write_now(self, offset_bytes: int, data: memoryview) -> bool:
+        """Put a write into the log without waiting and without promising durability. data: borrowed until return.
+
+        True: acknowledged as `writeback` acknowledges. False: nothing done, call `write` (the volume is in
+        write-through mode, its dirty data stands at the limit, others wait already, a block must be read first, ...).
+        Raises like write.
+        """
+        ...
+
+    async def write(
+        self, offset_bytes: int, data: memoryview, *, fua: bool = False, alive: Callable[[], bool] = always
+    ) -> None:
+        """Write `data`; borrowed and unchanged by the caller until return.
+
+        fua: return only when the write is durable on every zone in service that holds it.
+        alive: asked immediately before the write takes its place in the log; False drops the write (InvalidRequest):
+            the connection that asked for it is gone (INVARIANTS 31 in DESIGN.md).
+        """
+        ...
+
+    async def trim(
+        self, offset_bytes: int, length_bytes: int, *, fua: bool = False, alive: Callable[[], bool] = always
+    ) -> None:
+        """Make the whole blocks inside the range holes that read as zeros; partial blocks at its ends are unchanged."""
+        ...
+
+    async def zero(
+        self,
+        offset_bytes: int,
+        length_bytes: int,
+        *,
+        no_hole: bool = False,
+        fast: bool = False,
+        fua: bool = False,
+        alive: Callable[[], bool] = always,
+    ) -> None:
+        """Make the range read as zeros. no_hole: whole blocks stay reserved, so that a later write can't meet NoSpace
+        for them. fast: raise NotSupported, nothing changed, where it takes more than a change of the map."""
+        ...
+
+    async def flush(self) -> None:
+        """Return when everything acknowledged before this call, on any connection, is durable on every zone in service
+        that holds it (mode `unsafe`: returns at once)."""
+        ...
+
+    async def cache(self, offset_bytes: int, length_bytes: int) -> None:
+        """Advise that the range will be read soon. Never changes contents; failing silently is allowed."""
+        ...
+
+    async def extents(
+        self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
+    ) -> list[Extent]:
+        """State of the range from its start: neighbours of equal state merged, at most extents_max extents, never past
+        the end of the range; a bounded amount of work, so the list may cover less than asked for (at least one byte,
+        length_bytes > 0 required)."""
+        ...
+
+
+class VolumeSource(Protocol):
+    """Where the network side gets its volumes by name (a store; in tests a dictionary of memory volumes)."""
+
+    def names(self) -> list[str]:
+        """Names that can be opened, sorted."""
+        ...
+
+    def peek(self, name: str) -> "VolumeInfo | None":
+        """What INFO needs, without opening the volume's log; None = no such volume."""
+        ...
+
+    async def open(self, name: str) -> Volume:
+        """The volume, ready for I/O; every open is paired with one close. NotFound, Unavailable, Corrupt, Busy."""
+        ...
+
+    async def close(self, volume: Volume) -> None:
+        """Give the volume back. The last close starts a flush."""
+        ...
+
+
+class VolumeInfo(NamedTuple):
+    """What a client may know before it enters transmission."""
+
+    name: str
+    size_bytes: int
+    read_only: bool
+    description: str
