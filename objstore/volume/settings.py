@@ -1,0 +1,58 @@
+"""What an administrator may set about a store; each field is a key of the configuration file's [store] table.
+
+Checked once, here: a StoreSettings that exists is valid.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+from objstore.errors import InvalidRequest
+from objstore.units import BLOCK_BYTES, GIB, KIB, MIB, format_size
+
+MODES: Final = ("writeback", "writeback-always", "writethrough", "unsafe")
+"""When a write of a VDI is acknowledged; the first is the default."""
+
+_BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "dirty_bytes_max": (1 * MIB, 16 * GIB),
+    "dirty_age_seconds": (0.05, 60.0),
+    "segment_bytes": (256 * KIB, 16 * MIB),  # the map's 12 bits of block number reach 4,096 blocks
+    "map_memory_bytes": (4 * MIB, 64 * GIB),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """Limits of one open store, all VDIs together.
+
+    dirty_bytes_max: acknowledged data that is not yet durable; at the limit writes go at the speed of the zones.
+    dirty_age_seconds: data no flush asked for goes to the zones at this age.
+    segment_bytes: a segment of new data is sealed at this size (whole blocks).
+    map_memory_bytes: memory for the block maps of all VDIs.
+    Raises InvalidRequest, naming the field and its range.
+    """
+
+    dirty_bytes_max: int = 64 * MIB
+    dirty_age_seconds: float = 1.0
+    segment_bytes: int = 8 * MIB
+    map_memory_bytes: int = 64 * MIB
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            lowest, highest = _BOUNDS[field.name]
+            if not lowest <= value <= highest:
+                raise InvalidRequest(
+                    f"{field.name} = {value} is out of range: {_shown(lowest)} to {_shown(highest)} is possible"
+                )
+        if self.segment_bytes % BLOCK_BYTES:
+            raise InvalidRequest(f"segment_bytes = {self.segment_bytes} is not a multiple of {BLOCK_BYTES}")
+
+
+def _shown(bound: float) -> str:
+    return f"{bound} seconds" if isinstance(bound, float) else format_size(bound)
+
+
+def check_mode(mode: str) -> None:
+    """InvalidRequest unless `mode` is one of MODES."""
+    if mode not in MODES:
+        raise InvalidRequest(f"mode {mode!r} does not exist; there are {', '.join(MODES)}")
