@@ -1,0 +1,669 @@
+"""The block map of one VDI: for each block of 4 KiB, where its newest content lies.
+
+Regions of 1,024 blocks in a dict, each in the smallest of the forms of regions.py; an absent region is a hole, and a
+clean one can be replaced by the PageRef of its page in a checkpoint. No I/O and no awaiting; one thread, one owner.
+
+Limits: EXTENTS_WORK_MAX bounds one `extents` call whatever the disk's size. `fill` and `truncate` take 0.3 us for each
+    region that exists in their range (RESERVED: in their range); nothing else depends on the size of the disk.
+Memory: 8.4 KiB for a region of entries, 0.3-1 KiB for a run table, 0.1-0.2 KiB for one run or a PageRef.
+
+Holds at every return:
+- An address belongs to the map of exactly this disk: blocks and ranges are checked by the caller.
+- A region differs from its page in the newest checkpoint only if it is in `dirty` or owed to the frozen view.
+- A value that the frozen view owes is not changed in place: the array form is copied before its first change.
+- `_open` holds the arrays that may be changed in place at once: dirty, not owed. It is what makes set_one cheap.
+- A PageRef is clean. Whatever needs the entries of a region that is one raises NotLoaded and has changed nothing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple, TypeAlias, final
+
+import numpy as np
+import numpy.typing as npt
+
+from objstore.log.address import BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED, SEGMENT_BLOCKS_MAX
+from objstore.log.regions import (
+    TABLE_RUNS_MAX,
+    Entries,
+    Integers,
+    Region,
+    RunTable,
+    U64Array,
+    append_run,
+    check_runs,
+    compact,
+    encode_region,
+    entry_at,
+    expand,
+    kinds_of,
+    merge_runs,
+    put_run,
+    run_heads,
+    runs_of,
+    splice,
+    tally,
+    tally_regions,
+    view,
+)
+from objstore.units import BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK, REGION_SHIFT, VDI_BYTES_MAX
+
+BLOCKS_MAX: Final = VDI_BYTES_MAX >> BLOCK_SHIFT
+RUNS_MAX: Final = 1 << 16
+INSERT_RUNS_MAX: Final = 16
+"""A run table that single-block writes let grow beyond this becomes an array: inserting costs 3 us, the conversion 8 us
+once and every later write to the region 0.2 us. Few scattered writes to a sequential disk thus stay below 0.4 KiB a
+region."""
+DENSE_RUNS_MIN: Final = 32
+"""A replayed region that gets more runs at once goes to the array form without counting them."""
+BATCH_BITS: Final = 22
+BATCH_MAX: Final = 1 << BATCH_BITS
+"""Writes that are sorted at once; block number and place in the batch share the 64 bits of a sort key."""
+FILL_TALLY_MAX: Final = 64
+"""Whole regions that one fill counts itself (10 us each); beyond that they are queued in `dropped`."""
+EXTENTS_WORK_MAX: Final = 1 << 14
+EXTENTS_WORK_REGION: Final = 64
+"""Work of one `extents` call: 1 for an absent region (30 ns), 64 for another (2-5 us): about 1 ms."""
+GHOSTS_MAX: Final = 4096
+CHANCES_GHOST: Final = 2
+
+REGION_OVERHEAD_BYTES: Final = 100
+"""Key and slot of the dict (measured on 2^18 regions)."""
+ARRAY_BYTES: Final = 80 + 8 * REGION_BLOCKS
+TABLE_BYTES: Final = 210
+TABLE_RUN_BYTES: Final = 10
+PAGE_REF_BYTES: Final = 170
+INT_BYTES: Final = 36
+
+assert BLOCKS_MAX.bit_length() - 1 + BATCH_BITS <= 64
+
+
+@final
+class PageRef(NamedTuple):
+    """Where the page of a clean region lies: numbers that only whoever stores pages interprets."""
+
+    checkpoint: int
+    offset: int
+    length: int
+
+
+Slot: TypeAlias = "Region | PageRef"
+
+
+class NotLoaded(LookupError):
+    """The region's page must be read and handed to `load` first. Internal to the log; never reaches a client."""
+
+    def __init__(self, region: int) -> None:
+        super().__init__(f"region={region}")
+        self.region = region
+
+
+def slot_bytes(value: Slot | None) -> int:
+    """Approximate memory of a region, its place in the dict included."""
+    if value is None:
+        return 0
+    if isinstance(value, array):
+        return REGION_OVERHEAD_BYTES + ARRAY_BYTES
+    if isinstance(value, RunTable):
+        return REGION_OVERHEAD_BYTES + TABLE_BYTES + TABLE_RUN_BYTES * len(value.starts)
+    return REGION_OVERHEAD_BYTES + (PAGE_REF_BYTES if isinstance(value, PageRef) else INT_BYTES)
+
+
+class BlockMap:
+    """Maps blocks to entries (address.py).
+
+    regions: read by callers' inner loops: `r = regions.get(block >> 10)`, then for `type(r) is array` the entry is
+        `r[block & 1023]`. Written only here.
+    dirty: regions changed since the last freeze.
+    dropped, dropped_refs: whole regions that a large `fill` or an overwrite removed uncounted; see `count_dropped`.
+    """
+
+    __slots__ = ("_bytes", "_chances", "_frozen", "_ghosts", "_hand", "_open", "dirty", "dropped", "dropped_refs",
+                 "regions")
+
+    def __init__(self, pages: Mapping[int, PageRef] | None = None) -> None:
+        """pages: the regions of a checkpoint; without, an empty disk."""
+        self.regions: dict[int, Slot] = dict(pages or {})
+        self.dirty: set[int] = set()
+        self.dropped: list[Region] = []
+        self.dropped_refs: list[PageRef] = []
+        self._open: dict[int, Entries] = {}
+        self._frozen: Frozen | None = None
+        self._bytes = sum(map(slot_bytes, self.regions.values()))
+        self._hand: list[int] = []
+        self._chances: dict[int, int] = {}
+        self._ghosts: dict[int, None] = {}
+
+    # Blocks
+
+    def lookup(self, block: int) -> int:
+        """Entry of a block. NotLoaded."""
+        value = self.regions.get(block >> REGION_SHIFT)
+        if type(value) is array:
+            return value[block & REGION_MASK]
+        if value is None:
+            return HOLE
+        if isinstance(value, PageRef):
+            raise NotLoaded(block >> REGION_SHIFT)
+        return entry_at(value, block & REGION_MASK)
+
+    def set_one(self, block: int, entry: int) -> int:
+        """Change one block; returns its old entry. NotLoaded."""
+        values = self._open.get(block >> REGION_SHIFT)
+        index = block & REGION_MASK
+        if values is None:
+            return self._set_elsewhere(block >> REGION_SHIFT, index, entry)
+        old = values[index]
+        values[index] = entry
+        return old
+
+    def _set_elsewhere(self, region: int, index: int, entry: int) -> int:
+        value = self._loaded(region)
+        if isinstance(value, array):
+            values = self._writable(region, value)
+            old = values[index]
+            values[index] = entry
+            return old
+        old = entry_at(value, index)
+        self._put(region, splice(value, index, index + 1, entry, INSERT_RUNS_MAX))
+        return old
+
+    def _loaded(self, region: int) -> Region | None:
+        value = self.regions.get(region)
+        if isinstance(value, PageRef):
+            raise NotLoaded(region)
+        return value
+
+    def _writable(self, region: int, values: Entries) -> Entries:
+        """The array of a region, ready to be changed in place."""
+        frozen = self._frozen
+        if frozen is not None and frozen.pages.get(region) is values:
+            values = values[:]
+            self.regions[region] = values
+            frozen.held_bytes += slot_bytes(values)
+        self.dirty.add(region)
+        self._open[region] = values
+        return values
+
+    def _put(self, region: int, value: Region | None) -> None:
+        """Replace a region by a changed one."""
+        self._store(region, value)
+        self.dirty.add(region)
+        if isinstance(value, array):
+            self._open[region] = value
+        else:
+            self._open.pop(region, None)
+
+    def _store(self, region: int, value: Slot | None) -> None:
+        regions = self.regions
+        old = regions.get(region)
+        self._bytes += slot_bytes(value) - slot_bytes(old)
+        if value is not None:
+            regions[region] = value
+        elif old is not None:
+            del regions[region]
+        if self._frozen is not None and old is not None and self._frozen.pages.get(region) is old:
+            self._frozen.held_bytes += slot_bytes(old)
+
+    # Ranges
+
+    def runs(self, first: int, count: int, runs_max: int = RUNS_MAX) -> list[tuple[int, int]]:
+        """Merged runs (entry of the first block, blocks) of a range, for reading it. NotLoaded.
+
+        Covers the range, or its first part if that has runs_max runs. Takes 30 ns for an absent region.
+        """
+        found: list[tuple[int, int]] = []
+        regions = self.regions
+        end = first + count
+        while first < end:
+            region = first >> REGION_SHIFT
+            value = regions.get(region)
+            index = first & REGION_MASK
+            stop = min(index + end - first, REGION_BLOCKS)
+            if value is None:
+                stop = min(self._next_region(region + 1, (end - 1 >> REGION_SHIFT) + 1) << REGION_SHIFT, end)
+                append_run(found, HOLE, stop - first)
+                first = stop
+                continue
+            if isinstance(value, PageRef):
+                raise NotLoaded(region)
+            part = runs_of(value, index, stop)
+            append_run(found, *part[0])
+            found += part[1:]
+            if len(found) > runs_max:
+                return found[:runs_max]
+            first += stop - index
+        return found[:runs_max]
+
+    def extents(self, first: int, count: int, extents_max: int) -> list[tuple[int, int]]:
+        """Merged stretches (HOLE, RESERVED or ENTRY_MIN for data, blocks) of a range, for describing it.
+
+        Covers the range or a first part of it, at least one region's: it ends early at extents_max, when
+        EXTENTS_WORK_MAX is used up, and before a region that isn't loaded. NotLoaded if that is the first one.
+        """
+        found: list[tuple[int, int]] = []
+        regions = self.regions
+        end = first + count
+        work = EXTENTS_WORK_MAX
+        while first < end and work > 0 and len(found) <= extents_max:
+            region = first >> REGION_SHIFT
+            value = regions.get(region)
+            index = first & REGION_MASK
+            if value is None:
+                following = self._next_region(region + 1, min((end - 1 >> REGION_SHIFT) + 1, region + work))
+                work -= following - region
+                stop = min(following << REGION_SHIFT, end)
+                append_run(found, HOLE, stop - first)
+                first = stop
+                continue
+            if isinstance(value, PageRef):
+                if found:
+                    break
+                raise NotLoaded(region)
+            work -= EXTENTS_WORK_REGION
+            stop = min(index + end - first, REGION_BLOCKS)
+            part = kinds_of(value, index, stop)
+            append_run(found, *part[0], step=0)
+            found += part[1:]
+            first += stop - index
+        return found[:extents_max]
+
+    def _next_region(self, region: int, end: int) -> int:
+        """The first region from `region` on that is no hole, at most `end`."""
+        return next(filter(self.regions.__contains__, range(region, end)), end)
+
+    def assign(self, first: int, entry: int, count: int) -> dict[int, int]:
+        """Map a range to a run of consecutive addresses. Returns the data blocks replaced, by segment key. NotLoaded.
+
+        PageRefs of regions that are replaced as a whole go to `dropped_refs` uncounted.
+        """
+        block = entry & BLOCK_IN_SEGMENT_MASK
+        if entry <= RESERVED or not block or block + count > SEGMENT_BLOCKS_MAX:
+            raise ValueError(f"not a run within one segment entry={entry:#x} blocks={count}")
+        replaced: dict[int, int] = {}
+        self._check_edges(first, count)
+        end = first + count
+        while first < end:
+            region = first >> REGION_SHIFT
+            index = first & REGION_MASK
+            stop = min(index + end - first, REGION_BLOCKS)
+            self._lay(region, index, stop, entry, replaced)
+            entry += stop - index
+            first += stop - index
+        return replaced
+
+    def _lay(self, region: int, index: int, stop: int, entry: int, replaced: dict[int, int]) -> None:
+        """Replace blocks index..stop-1 of a region by one run; a region replaced as a whole needn't be loaded."""
+        if stop - index == REGION_BLOCKS:
+            old = self.regions.get(region)
+            if isinstance(old, PageRef):
+                self.dropped_refs.append(old)
+            else:
+                tally(old, 0, REGION_BLOCKS, replaced)
+            self._put(region, entry or None)
+            return
+        value = self._loaded(region)
+        tally(value, index, stop, replaced)
+        if isinstance(value, array):
+            put_run(self._writable(region, value), index, stop, entry)
+        elif value is not None or entry != HOLE:
+            self._put(region, splice(value, index, stop, entry, TABLE_RUNS_MAX))
+
+    def fill(self, first: int, count: int, kind: int) -> dict[int, int]:
+        """Map a range to HOLE or RESERVED. Returns the data blocks replaced, by segment key. NotLoaded.
+
+        Beyond FILL_TALLY_MAX whole regions, those with data are queued in `dropped` instead of being counted, and their
+        PageRefs always go to `dropped_refs`.
+        """
+        if kind not in (HOLE, RESERVED):
+            raise ValueError(f"not a kind of zeros kind={kind}")
+        replaced: dict[int, int] = {}
+        self._check_edges(first, count)
+        end = first + count
+        low = first + REGION_MASK >> REGION_SHIFT
+        high = end >> REGION_SHIFT
+        if low > high:
+            if count > 0:
+                self._lay(high, first & REGION_MASK, end & REGION_MASK, kind, replaced)
+            return replaced
+        if first & REGION_MASK:
+            self._lay(low - 1, first & REGION_MASK, REGION_BLOCKS, kind, replaced)
+        if high - low <= FILL_TALLY_MAX:
+            for region in range(low, high):
+                if kind or region in self.regions:
+                    self._lay(region, 0, REGION_BLOCKS, kind, replaced)
+        else:
+            self._drop(low, high)
+            if kind:
+                self._add_reserved(low, high)
+        if end & REGION_MASK:
+            self._lay(high, 0, end & REGION_MASK, kind, replaced)
+        return replaced
+
+    def _drop(self, low: int, high: int) -> None:
+        """Make regions low..high-1 holes without looking at their entries."""
+        regions = self.regions
+        if high - low < len(regions):
+            found = list(filter(regions.__contains__, range(low, high)))
+        else:
+            found = [region for region in regions if low <= region < high]
+        frozen = self._frozen
+        for region in found:
+            value = regions.pop(region)
+            self._bytes -= slot_bytes(value)
+            if isinstance(value, PageRef):
+                self.dropped_refs.append(value)
+                continue
+            if value != RESERVED:
+                self.dropped.append(value)
+            if frozen is not None and frozen.pages.get(region) is value:
+                frozen.held_bytes += slot_bytes(value)
+            self._open.pop(region, None)
+        self.dirty.update(found)
+
+    def _add_reserved(self, low: int, high: int) -> None:
+        """Make regions low..high-1, all holes, RESERVED."""
+        self.regions.update(dict.fromkeys(range(low, high), RESERVED))
+        self.dirty.update(range(low, high))
+        self._bytes += (high - low) * slot_bytes(RESERVED)
+
+    def truncate(self, blocks: int) -> dict[int, int]:
+        """Make everything from block `blocks` on a hole, as `fill` does."""
+        return self.fill(blocks, BLOCKS_MAX - blocks, HOLE)
+
+    def count_dropped(self, regions_max: int) -> dict[int, int]:
+        """Count up to regions_max regions of `dropped` and forget them: data blocks by segment key."""
+        counted = self.dropped[-regions_max:]
+        del self.dropped[-regions_max:]
+        return tally_regions(counted)
+
+    def count_live(self) -> dict[int, int]:
+        """Data blocks of all regions in memory, by segment key; one pass, 20 ns an entry."""
+        return tally_regions(value for value in self.regions.values() if not isinstance(value, PageRef))
+
+    # Many blocks at once
+
+    def compare_and_assign(self, lbas: U64Array, sources: U64Array, targets: U64Array) -> npt.NDArray[np.bool_]:
+        """Move blocks from `sources` to `targets` where the map still says exactly that source. NotLoaded.
+
+        A block that occurs more than once is handled in the order given. Returns which of them applied.
+        """
+        applied = np.zeros(len(lbas), np.bool_)
+        if not len(lbas):
+            return applied
+        self._check_blocks(lbas)
+        check_runs(targets, 1)
+        order = np.argsort(lbas, kind="stable")
+        ordered = lbas[order]
+        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+        if len(repeated):
+            # One round for all first occurrences, one for the second ones, and so on.
+            heads = _heads(ordered)
+            rank = np.arange(len(ordered)) - np.repeat(heads, np.diff(heads, append=len(ordered)))
+            for turn in range(int(rank.max()) + 1):
+                chosen = order[rank == turn]
+                applied[chosen] = self._move(lbas[chosen], sources[chosen], targets[chosen])
+        else:
+            applied[order] = self._move(ordered, sources[order], targets[order])
+        return applied
+
+    def _move(self, lbas: U64Array, sources: U64Array, targets: U64Array) -> npt.NDArray[np.bool_]:
+        """compare_and_assign for ascending blocks."""
+        applied = np.empty(len(lbas), np.bool_)
+        region_of = lbas >> REGION_SHIFT
+        heads = _heads(region_of)
+        for region, low, high in zip(region_of[heads].tolist(), heads.tolist(), [*heads[1:].tolist(), len(lbas)],
+                                     strict=True):
+            value = self._loaded(region)
+            values = value if isinstance(value, array) else expand(value)
+            where = lbas[low:high] & REGION_MASK
+            still = view(values)[where] == sources[low:high]
+            applied[low:high] = still
+            if not still.any():
+                continue
+            if values is value:
+                view(self._writable(region, values))[where[still]] = targets[low:high][still]
+            else:
+                view(values)[where[still]] = targets[low:high][still]
+                self._put(region, compact(values))
+        return applied
+
+    def apply_writes(self, lbas: U64Array, entries: U64Array) -> None:
+        """Replay single-block writes in log order: of several to one block the last one counts. NotLoaded.
+
+        Live blocks are not counted here (count_live). May be repeated as a whole after NotLoaded.
+        """
+        check_runs(entries, 1)
+        for begin in range(0, len(lbas), BATCH_MAX):
+            self._apply_batch(lbas[begin : begin + BATCH_MAX], entries[begin : begin + BATCH_MAX])
+
+    def _apply_batch(self, lbas: U64Array, entries: U64Array) -> None:
+        if not (lbas[1:] > lbas[:-1]).all():
+            lbas, entries = _keep_last(lbas, entries)
+        # A run ends with its region, too.
+        cut = np.zeros(len(lbas), np.bool_)
+        cut[run_heads(entries)] = True
+        cut[1:] |= np.diff(lbas) != 1
+        cut |= lbas & REGION_MASK == 0
+        run_at = np.flatnonzero(cut)
+        starts = lbas[run_at]
+        region_of = starts >> REGION_SHIFT
+        heads = _heads(region_of)
+        touched = region_of[heads].tolist()
+        runs_in = np.diff(heads, append=len(starts))
+        values = [self._loaded(region) for region in touched]
+        dense = runs_in > DENSE_RUNS_MIN
+        dense |= np.fromiter((isinstance(value, array) for value in values), np.bool_, len(values))
+        bounds = run_at[heads].tolist()
+        bounds.append(len(lbas))
+        for where in np.flatnonzero(dense).tolist():
+            low, high = bounds[where], bounds[where + 1]
+            self._apply_dense(touched[where], values[where], lbas[low:high] & REGION_MASK, entries[low:high])
+        if dense.all():
+            return
+        few = np.repeat(~dense, runs_in)
+        sparse = np.flatnonzero(~dense).tolist()
+        merged = merge_runs(
+            [values[where] for where in sparse],
+            region_of[heads][~dense],
+            starts[few],
+            np.diff(run_at, append=len(lbas))[few].astype(np.uint64),
+            entries[run_at[few]],
+        )
+        for where, value in zip(sparse, merged, strict=True):
+            self._put(touched[where], value)
+
+    def _apply_dense(self, region: int, value: Region | None, where: Integers, entries: U64Array) -> None:
+        if isinstance(value, array):
+            view(self._writable(region, value))[where] = entries
+            return
+        values = expand(value)
+        view(values)[where] = entries
+        self._put(region, values)
+
+    # Loading and eviction
+
+    def missing(self, first: int, count: int) -> list[tuple[int, PageRef]]:
+        """Regions to load before every block of the range can be looked up."""
+        if count <= 0:
+            return []
+        low, high = first >> REGION_SHIFT, (first + count - 1 >> REGION_SHIFT) + 1
+        return self._refs(range(low, high))
+
+    def missing_edges(self, first: int, count: int) -> list[tuple[int, PageRef]]:
+        """Regions to load before `assign` or `fill` of the range: those that it replaces only in part."""
+        if count <= 0:
+            return []
+        edges = {first >> REGION_SHIFT} if first & REGION_MASK else set()
+        if (first + count) & REGION_MASK:
+            edges.add(first + count >> REGION_SHIFT)
+        return self._refs(sorted(edges))
+
+    def missing_blocks(self, lbas: U64Array) -> list[tuple[int, PageRef]]:
+        """Regions to load before apply_writes or compare_and_assign of these blocks."""
+        return self._refs(np.unique(lbas >> REGION_SHIFT).tolist())
+
+    def _refs(self, regions: Iterable[int]) -> list[tuple[int, PageRef]]:
+        get = self.regions.get
+        return [(region, value) for region in regions if isinstance(value := get(region), PageRef)]
+
+    def _check_edges(self, first: int, count: int) -> None:
+        for region, _ in self.missing_edges(first, count):
+            raise NotLoaded(region)
+
+    def _check_blocks(self, lbas: U64Array) -> None:
+        for region, _ in self.missing_blocks(lbas):
+            raise NotLoaded(region)
+
+    def load(self, region: int, ref: PageRef, value: Region) -> bool:
+        """Put in the decoded page that `ref` points to. False, nothing done, if the map no longer says `ref`."""
+        if self.regions.get(region) != ref:
+            return False
+        self._store(region, value)
+        self._chances[region] = CHANCES_GHOST if region in self._ghosts else 1
+        self._ghosts.pop(region, None)
+        return True
+
+    def evict(self, region: int, ref: PageRef) -> bool:
+        """Replace a clean region by its page. False, nothing done, if it is dirty, owed to a frozen view, or no region.
+
+        ref: the page in the newest complete checkpoint.
+        """
+        value = self.regions.get(region)
+        if value is None or isinstance(value, PageRef) or region in self.dirty or self._is_frozen(region):
+            return False
+        self._store(region, ref)
+        self._chances.pop(region, None)
+        self._ghosts[region] = None
+        if len(self._ghosts) > GHOSTS_MAX:
+            del self._ghosts[next(iter(self._ghosts))]
+        return True
+
+    def eviction_candidates(self, regions_max: int) -> list[int]:
+        """Clean regions whose eviction frees memory (run tables and arrays), the least wanted first.
+
+        A clock that reads and writes leave no marks for: its hand passes a region once after a load, and twice if the
+        region had been evicted shortly before, because what comes back is in use. Takes one turn of the clock, 0.2 us a
+        region; a second or third one only if all that could go had a chance left.
+        """
+        found: dict[int, None] = {}
+        passed = True
+        while passed and not found:
+            passed = False
+            for _ in range(len(self.regions)):
+                if len(found) >= regions_max:
+                    break
+                if not self._hand:
+                    self._hand = list(self.regions)
+                region = self._hand.pop()
+                if region in found or not self._can_go(region):
+                    continue
+                chances = self._chances.pop(region, 0)
+                if chances:
+                    passed = True
+                    if chances > 1:
+                        self._chances[region] = chances - 1
+                else:
+                    found[region] = None
+        return list(found)
+
+    def _can_go(self, region: int) -> bool:
+        value = self.regions.get(region)
+        return isinstance(value, (array, RunTable)) and region not in self.dirty and not self._is_frozen(region)
+
+    def _is_frozen(self, region: int) -> bool:
+        return self._frozen is not None and region in self._frozen.regions
+
+    @property
+    def memory_bytes(self) -> int:
+        """Approximate memory of the regions and of what only a frozen view still holds; without `dropped`."""
+        return self._bytes + (self._frozen.held_bytes if self._frozen is not None else 0)
+
+    # Checkpoints
+
+    def freeze(self) -> Frozen:
+        """Take the dirty regions for a checkpoint, 0.1 us each; what changes from now on belongs to the next one.
+
+        One view at a time: RuntimeError until the last one was finished by `commit` or `abort`.
+        """
+        if self._frozen is not None:
+            raise RuntimeError("a frozen view is not finished")
+        pages = {region: self._loaded(region) for region in self.dirty}
+        self._frozen = Frozen(self, pages)
+        self.dirty = set()
+        self._open = {}
+        return self._frozen
+
+    def _unfreeze(self, dirty: Iterable[int]) -> None:
+        self._frozen = None
+        self.dirty.update(dirty)
+
+    def _release(self, region: int, value: Region, small: Region | None) -> bool:
+        """The frozen view no longer owes a region; unless it was changed since, it is kept in its smallest form.
+
+        True if the map still holds the region's frozen value.
+        """
+        if self.regions.get(region) is not value:
+            return False
+        if small is not value:
+            self._store(region, small)
+        return True
+
+
+class Frozen:
+    """The dirty regions of a BlockMap at the moment of `freeze`, until their checkpoint is complete or given up.
+
+    regions: all of them; none may be evicted before `commit`. pages: those not taken yet (None = now a hole).
+    held_bytes: memory of values that the map itself has replaced since.
+    """
+
+    __slots__ = ("_map", "held_bytes", "pages", "regions")
+
+    def __init__(self, blockmap: BlockMap, pages: dict[int, Region | None]) -> None:
+        self._map = blockmap
+        self.pages = pages
+        self.regions = frozenset(pages)
+        self.held_bytes = 0
+
+    def take(self, region: int) -> bytes:
+        """The page of a region as it was frozen, and forget it; empty if the region is a hole, which needs no page.
+
+        KeyError if the region is not, or no longer, in the view.
+        """
+        value = self.pages.pop(region)
+        if value is None:
+            return b""
+        small = compact(value)
+        if not self._map._release(region, value, small):
+            self.held_bytes -= slot_bytes(value)
+        return b"" if small is None else encode_region(small)
+
+    def commit(self) -> None:
+        """The checkpoint is complete: regions not changed since are clean. RuntimeError if pages were not taken."""
+        if self.pages:
+            raise RuntimeError(f"pages of the frozen view were not taken pages={len(self.pages)}")
+        self._map._unfreeze(())
+
+    def abort(self) -> None:
+        """The checkpoint is given up: all its regions are dirty again."""
+        self.pages.clear()
+        self._map._unfreeze(self.regions)
+
+
+def _heads(values: Integers) -> npt.NDArray[np.intp]:
+    """Indices at which a new value begins, the first being 0. At least one value."""
+    return np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
+
+
+def _keep_last(lbas: U64Array, entries: U64Array) -> tuple[U64Array, U64Array]:
+    """The last write to each block, by block. At most BATCH_MAX writes.
+
+    Sorting 64-bit numbers that hold block and place is several times faster than a stable argsort.
+    """
+    keys = lbas << BATCH_BITS | np.arange(len(lbas), dtype=np.uint64)
+    keys.sort()
+    ordered = keys >> BATCH_BITS
+    last = np.append(ordered[1:] != ordered[:-1], True)
+    return ordered[last], entries[(keys[last] & (BATCH_MAX - 1)).astype(np.intp)]
