@@ -52,7 +52,7 @@ class Handle(ABC):
 
     @abstractmethod
     def truncate(self, size_bytes: int) -> None:
-        """Cut the object to size_bytes (<= its size) and give the rest of the space back; durable with the next sync."""
+        """Cut the object to size_bytes (<= its size) and give the rest of the space back; durable with next sync."""
 
     @abstractmethod
     def read(self, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
