@@ -50,3 +50,11 @@ def format_size(size_bytes: int) -> str:
             tenths = (size_bytes * 10 + unit // 2) // unit
             return f"{tenths // 10}{suffix}" if tenths % 10 == 0 else f"{tenths / 10:.1f}{suffix}"
     return str(size_bytes)
+
+
+def check_vdi_bytes(size_bytes: int) -> None:
+    """InvalidRequest unless a VDI can have this size."""
+    if not 0 < size_bytes <= VDI_BYTES_MAX:
+        raise InvalidRequest(
+            f"a VDI of {size_bytes} bytes is not possible; 1 byte to {format_size(VDI_BYTES_MAX)} ({VDI_BYTES_MAX}) is"
+        )

@@ -1,0 +1,146 @@
+"""The configuration file: TOML to frozen dataclasses, checked once at start.
+
+Strict: an unknown key is an error that names the nearest valid one. Keys that hold sizes (`size` and every `*_bytes`,
+`*_bytes_max`) take a number of bytes or a text with K, M, G, T. Relative paths start at the file's own directory.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from nbdserver.server import ServerSettings
+from objstore.errors import InvalidRequest
+from objstore.names import check_name
+from objstore.units import check_vdi_bytes, parse_size
+from objstore.volume.settings import MODES, StoreSettings, check_mode
+
+CONFIG_BYTES_MAX: Final = 1 << 20
+
+T = TypeVar("T")
+
+
+class ConfigError(InvalidRequest):
+    """The configuration file can't be used; the message names file and key."""
+
+
+@dataclass(frozen=True, slots=True)
+class VdiConfig:
+    """A VDI that `serve` creates if it is missing: [vdi.NAME]."""
+
+    size: int
+    copies: int | None = None
+    mode: str = MODES[0]
+    prealloc: bool = False
+
+    def __post_init__(self) -> None:
+        check_vdi_bytes(self.size)
+        check_mode(self.mode)
+        if self.copies is not None and self.copies < 1:
+            raise InvalidRequest(f"copies = {self.copies} is not possible; at least 1 is")
+
+
+@dataclass(frozen=True, slots=True)
+class _TopLevel:
+    """The keys outside of any table."""
+
+    zones: list[str] = field(default_factory=list)
+    listen: list[str] = field(default_factory=list)
+    default: str | None = None
+    control: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything a configuration file can say. Without a file: the defaults, no zones."""
+
+    zones: tuple[Path, ...] = ()
+    listen: tuple[str, ...] = ()
+    default: str | None = None
+    control: Path | None = None
+    vdi: Mapping[str, VdiConfig] = field(default_factory=dict)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+
+
+_TABLES: Final = ("store", "server", "vdi")
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file. ConfigError, one line."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"configuration file {path}: {error.strerror}") from error
+    if len(data) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"configuration file {path}: larger than {CONFIG_BYTES_MAX} bytes")
+    try:
+        return parse(tomllib.loads(data.decode()), path.absolute().parent)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration file {path}: not UTF-8 at byte {error.start}") from error
+    except (tomllib.TOMLDecodeError, InvalidRequest) as error:
+        raise ConfigError(f"configuration file {path}: {error}") from error
+
+
+def parse(document: Mapping[str, Any], directory: Path) -> Config:
+    """Check a decoded document; relative paths start at `directory`. InvalidRequest names the key."""
+    top_keys = {key: value for key, value in document.items() if key not in _TABLES}
+    top = _convert(top_keys, _TopLevel, "", also=_TABLES)
+    vdis = {}
+    for name, table in _table(document, "vdi").items():
+        check_name(name)
+        vdis[name] = _convert(table, VdiConfig, f"vdi.{name}")
+    return Config(
+        zones=tuple(directory / zone for zone in top.zones),
+        listen=tuple(top.listen),
+        default=top.default,
+        control=directory / top.control if top.control is not None else None,
+        vdi=vdis,
+        store=_convert(_table(document, "store"), StoreSettings, "store"),
+        server=_convert(_table(document, "server"), ServerSettings, "server"),
+    )
+
+
+def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    table = document.get(key, {})
+    if not isinstance(table, dict):
+        raise InvalidRequest(f"{key} must be a table: [{key}]")
+    return table
+
+
+def _convert(table: object, into: type[T], where: str, also: tuple[str, ...] = ()) -> T:
+    """A table as an instance of the dataclass `into`; `also`: further keys to propose for a mistyped one."""
+    if not isinstance(table, dict):
+        raise InvalidRequest(f"{where} must be a table: [{where}]")
+    prefix = f"{where}." if where else ""
+    keys = [item.name for item in dataclasses.fields(into)]  # type: ignore[arg-type]
+    values = {}
+    for key, value in table.items():
+        if key not in keys:
+            nearest = difflib.get_close_matches(key, [*keys, *also], n=1, cutoff=0.0)[0]
+            raise InvalidRequest(f"unknown key {prefix}{key}; the nearest valid one is {prefix}{nearest}")
+        values[key] = _size(value, prefix + key) if key.endswith(("size", "_bytes", "_bytes_max")) else value
+    try:
+        return msgspec.convert(values, into)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        key = place.rstrip("`").removeprefix(".")
+        raise InvalidRequest(f"{prefix}{key}: {reason}" if key else f"{where}: {reason}") from error
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error}") from error
+
+
+def _size(value: object, key: str) -> object:
+    """A text with K, M, G, T as bytes; anything else unchanged, for the type check to judge."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_size(value)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{key}: {error}") from error

@@ -1,0 +1,91 @@
+"""The control API's vocabulary: paths, bodies and errors that both of its sides share.
+
+HTTP/1.1 with JSON bodies over a Unix socket of mode 0600. Bodies are the records of objstore.volume.status.
+
+    GET    /v1/status        Status
+    GET    /v1/vdis          list of VdiStatus
+    POST   /v1/vdis          CreateVdi -> VdiStatus (201)
+    GET    /v1/vdis/NAME     VdiStatus
+    DELETE /v1/vdis/NAME     nothing (204)
+    any error                ErrorReply, its HTTP status from STATUS_OF_ERROR
+"""
+
+from typing import Final
+
+from msgspec import Struct
+
+from objstore import errors
+from objstore.volume.settings import MODES
+from objstore.volume.status import StoreStatus
+
+BODY_BYTES_MAX: Final = 64 << 10
+"""Longest request body; every valid one is far shorter."""
+
+
+class LockNote(Struct, frozen=True, forbid_unknown_fields=False):
+    """The line in a zone's lock that says who holds it. control: path of its control socket, empty = it has none."""
+
+    pid: int
+    control: str = ""
+
+
+class CreateVdi(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A VDI to create; copies: null = the store's default."""
+
+    name: str
+    size_bytes: int
+    copies: int | None = None
+    mode: str = MODES[0]
+    prealloc: bool = False
+
+
+class ServerStatus(Struct, frozen=True, kw_only=True):
+    """The process that serves the store."""
+
+    pid: int
+    listen: list[str]
+    clients: int
+    """Connections, in any phase."""
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """Answer of `sheepfold status`; server: null when the command opened the zones itself."""
+
+    server: ServerStatus | None
+    store: StoreStatus
+
+
+class ErrorReply(Struct, frozen=True):
+    """error: name of a class of objstore.errors, or of an HTTP condition; message: one line for people."""
+
+    error: str
+    message: str
+
+
+STATUS_OF_ERROR: Final[dict[type[errors.StoreError], int]] = {
+    errors.InvalidRequest: 400,
+    errors.OutOfRange: 400,
+    errors.ReadOnly: 403,
+    errors.NotFound: 404,
+    errors.Exists: 409,
+    errors.Busy: 423,
+    errors.NotSupported: 501,
+    errors.Unavailable: 503,
+    errors.Stopping: 503,
+    errors.Fenced: 503,
+    errors.NoSpace: 507,
+}
+"""Every other StoreError is 500."""
+
+
+def http_status(error: errors.StoreError) -> int:
+    """The HTTP status of the nearest class of the error that has one."""
+    return next((STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR), 500)
+
+
+def error_from_reply(reply: ErrorReply) -> errors.StoreError:
+    """The exception that the server's side raised, or a plain StoreError where its name means nothing here."""
+    kind = getattr(errors, reply.error, None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.StoreError)):
+        kind = errors.StoreError
+    return kind(reply.message)

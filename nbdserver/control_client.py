@@ -1,0 +1,104 @@
+"""The other end of the control socket, for the command line: blocking, standard library only."""
+
+import http.client
+import os
+import socket
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from nbdserver.control_api import CreateVdi, ErrorReply, Status, error_from_reply
+from objstore.errors import StoreError, Unavailable
+from objstore.volume.status import VdiStatus
+
+REPLY_SECONDS_MAX: Final = 600.0
+"""Longest wait for an answer; only a preallocation of a large VDI takes more than a moment."""
+
+REPLY_BYTES_MAX: Final = 64 << 20
+
+T = TypeVar("T")
+
+
+class NoServer(Exception):
+    """Nobody answers at the control socket: the server is just starting or stopping, or was killed."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP to a path instead of a host."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=REPLY_SECONDS_MAX)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class ControlClient:
+    """Speaks to one running server. Each method: the StoreError that the server raised, or Unavailable if it went."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Connect. NoServer if nobody listens there; Unavailable if this user may not."""
+        self._path = os.fspath(path)
+        self._connection = _UnixConnection(self._path)
+        try:
+            self._connection.connect()
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            self.close()
+            raise NoServer(self._path) from error
+        except OSError as error:
+            self.close()
+            raise Unavailable(f"control socket {self._path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._connection.close()
+
+    def status(self) -> Status:
+        return self._ask("GET", "/v1/status", Status)
+
+    def vdis(self) -> list[VdiStatus]:
+        return self._ask("GET", "/v1/vdis", list[VdiStatus])
+
+    def vdi(self, name: str) -> VdiStatus:
+        return self._ask("GET", _vdi_path(name), VdiStatus)
+
+    def create_vdi(self, name: str, size_bytes: int, *, copies: int | None, mode: str, prealloc: bool) -> VdiStatus:
+        wanted = CreateVdi(name=name, size_bytes=size_bytes, copies=copies, mode=mode, prealloc=prealloc)
+        return self._ask("POST", "/v1/vdis", VdiStatus, wanted)
+
+    def delete_vdi(self, name: str) -> None:
+        self._request("DELETE", _vdi_path(name), None)
+
+    def _ask(self, method: str, path: str, answer: type[T], body: Any = None) -> T:
+        reply = self._request(method, path, body)
+        try:
+            return msgspec.json.decode(reply, type=answer)
+        except msgspec.DecodeError as error:
+            raise StoreError(
+                f"control socket {self._path}: answer to {method} {path} not understood: {error}"
+            ) from error
+
+    def _request(self, method: str, path: str, body: Any) -> bytes:
+        """The body of a good answer; an ErrorReply as the exception it stands for."""
+        try:
+            self._connection.request(method, path, None if body is None else msgspec.json.encode(body))
+            response = self._connection.getresponse()
+            if response.length is None or response.length > REPLY_BYTES_MAX:
+                raise StoreError(f"control socket {self._path}: answer to {method} {path} of unacceptable length")
+            reply = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"control socket {self._path}: the server went away ({error!r})") from error
+        if response.status < 300:
+            return reply
+        try:
+            raise error_from_reply(msgspec.json.decode(reply, type=ErrorReply))
+        except msgspec.DecodeError:
+            raise StoreError(f"control socket {self._path}: {method} {path} answered {response.status}") from None
+
+
+def _vdi_path(name: str) -> str:
+    return "/v1/vdis/" + quote(name, safe="")

@@ -1,0 +1,181 @@
+"""The life of `sheepfold serve`: zones, missing VDIs, control socket, listeners, a signal, and back in reverse order.
+
+Stopping: the listeners close and every connection finishes what it received; then the control socket goes; then the
+store makes everything durable and gives its zones back. A second signal ends the process at once, which costs what a
+crash costs: nothing that was flushed.
+"""
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+import uvloop
+
+from nbdserver.config import VdiConfig
+from nbdserver.control import ControlServer
+from nbdserver.control_api import LockNote, ServerStatus
+from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
+from nbdserver.server import Listener, Server, ServerSettings
+from nbdserver.systemd import notify
+from objstore.errors import InvalidRequest, NotFound
+from objstore.volume.settings import StoreSettings
+from objstore.volume.store import Store, open_store, zone_paths
+
+LOG: Final = logging.getLogger(__name__)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """What to serve, from command line and configuration. Empty `listen` = the default listeners."""
+
+    zones: Sequence[Path]
+    vdis: Mapping[str, VdiConfig] = field(default_factory=dict)
+    listen: Sequence[str] = ()
+    default: str | None = None
+    control: Path | None = None
+    store: StoreSettings = field(default_factory=StoreSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The server accepts connections."""
+
+    listeners: Sequence[Listener]
+    exports: Sequence[tuple[str, int]]
+    """Name and size in bytes."""
+
+
+def run(plan: ServePlan, ready: Callable[[Ready], None], opened: Callable[[], None]) -> None:
+    """Serve until a signal. opened: called when the zones are open; ready: when connections are accepted."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(plan, ready, opened))
+
+
+async def serve(plan: ServePlan, ready: Callable[[Ready], None], opened: Callable[[], None]) -> None:
+    """As `run`, inside a running loop that it takes the signals of."""
+    stop = asyncio.Event()
+    _on_signals(asyncio.get_running_loop(), stop)
+    _raise_descriptor_limit()
+    listeners, control = _places(plan)
+    note = msgspec.json.encode(LockNote(pid=os.getpid(), control=os.fspath(control))).decode()
+    store = await open_store(_all_zones(plan.zones), settings=plan.store, create=True, lock_note=note)
+    opened()
+    try:
+        await _create_missing(store, plan.vdis)
+        _check_default(store, plan.default)
+        await _serve_store(store, plan, listeners, control, ready, stop)
+    finally:
+        await store.shutdown()
+
+
+async def _serve_store(
+    store: Store,
+    plan: ServePlan,
+    listeners: Sequence[Listener],
+    control: Path,
+    ready: Callable[[Ready], None],
+    stop: asyncio.Event,
+) -> None:
+    server = Server(store, msgspec.structs.replace(plan.server, default_export=plan.default))
+    names = [str(listener) for listener in listeners]
+
+    def server_status() -> ServerStatus:
+        return ServerStatus(pid=os.getpid(), listen=names, clients=len(server.clients()))
+
+    control_server = ControlServer(store, server_status)
+    try:
+        await control_server.start(control)
+        await server.start(listeners)
+        ready(Ready(listeners, [(vdi.name, vdi.size_bytes) for vdi in store.vdis()]))
+        notify("READY=1")
+        await stop.wait()
+        LOG.info("stopping: %d connections", len(server.clients()))
+    finally:
+        notify("STOPPING=1")
+        await server.stop()
+        await control_server.stop()
+
+
+def _warn(message: str) -> None:
+    print("sheepfold: warning:", message, file=sys.stderr)
+
+
+def exposed(listen: str) -> bool:
+    """Whether hosts other than this one may reach the listener."""
+    address = urlsplit(listen)
+    if address.scheme == "unix" or address.hostname == "localhost":
+        return False
+    try:
+        return not ip_address(address.hostname or "").is_loopback
+    except ValueError:
+        return True
+
+
+def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    def first_signal() -> None:
+        stop.set()
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, first_signal)
+
+
+def _raise_descriptor_limit() -> None:
+    """Connections, segments and their copies all take descriptors; the soft limit is often only 1,024."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _places(plan: ServePlan) -> tuple[list[Listener], Path]:
+    """Listeners and control socket, the defaults filled in and their directory made."""
+    directory = runtime_directory(os.environ, os.geteuid())
+    if not plan.listen or plan.control is None:
+        make_runtime_directory(directory)
+    listen = plan.listen or (f"unix://{directory / NBD_SOCKET}", NBD_ADDRESS)
+    for one in listen:
+        if exposed(one):
+            _warn(
+                f"{one} can be reached from other hosts and has no TLS: whoever connects can read"
+                " and overwrite every disk, and what travels can be read on the way"
+            )
+    return [Listener.parse(one) for one in listen], plan.control or control_path(directory, plan.zones[0])
+
+
+def _all_zones(zones: Sequence[Path]) -> list[Path]:
+    """A single zone of an existing store stands for all of its zones; a single new directory for itself."""
+    if len(zones) == 1:
+        try:
+            return zone_paths(zones[0])
+        except NotFound:
+            pass
+    return list(zones)
+
+
+async def _create_missing(store: Store, vdis: Mapping[str, VdiConfig]) -> None:
+    sizes = {vdi.name: vdi.size_bytes for vdi in store.vdis()}
+    for name, wanted in vdis.items():
+        if name not in sizes:
+            await store.create_vdi(name, wanted.size, copies=wanted.copies, mode=wanted.mode, prealloc=wanted.prealloc)
+        elif sizes[name] != wanted.size:
+            _warn(f"VDI {name} has {sizes[name]} bytes and keeps them, although {wanted.size} are asked for")
+
+
+def _check_default(store: Store, default: str | None) -> None:
+    if default is not None and default not in store.names():
+        raise InvalidRequest(
+            f"default export {default!r} does not exist; there are {', '.join(store.names()) or 'none'}"
+        )
