@@ -1,0 +1,522 @@
+"""Requests become volume calls and replies; the only place where errors become NBD error values.
+
+A batch is answered in one pass: what the volume can do at once (`read_now`, `write_now`) goes into a reply area that is
+reused for every batch, and only what must wait becomes a task. Replies leave in any order (proto.md, "Ordering of
+messages and writes").
+Every request gets exactly one reply, except that Stopping gets none: the connection ends instead, and the client sends
+the request again elsewhere (clients hand an error on to their users).
+Spec: proto.md, "Request types", "Error values", "Structured reply types".
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, Protocol
+
+from nbdserver.buffers import HEAD_BYTES, Buffer, BufferPool
+from nbdserver.exports import CONTEXTS, STATUS_EXTENTS_MAX
+from nbdserver.transmission import Request
+from nbdserver.wire import replies as wire
+from nbdserver.wire.constants import Chunk, Command, CommandFlag, ErrorValue, OptionReply
+from nbdserver.wire.requests import decode_status_payload
+from objstore import errors
+from objstore.units import KIB
+from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Volume
+
+log = logging.getLogger(__name__)
+
+BATCH_REQUESTS_MAX: Final = 256
+"""Requests answered in one pass."""
+BATCH_READ_BYTES_MAX: Final = 256 * KIB
+"""Data of one pass. A longer read is a pass of its own, in a buffer of its own. More than 32 reads of 4 KiB, and small
+enough for a core's second-level cache."""
+REPLY_AREA_BYTES: Final = BATCH_READ_BYTES_MAX + BATCH_REQUESTS_MAX * wire.HEADER_BYTES_MAX
+SPARSE_BYTES_MIN: Final = 64 * KIB
+"""A hole inside a read is sent as a hole from this length on; a chunk more costs more than a shorter one saves."""
+DAMAGED_RANGES_MAX: Final = 64
+"""With more bad ranges than this a read fails as a whole."""
+ZEROS: Final = memoryview(bytes(BATCH_READ_BYTES_MAX))
+
+_FUA: Final = int(CommandFlag.FUA)
+_PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+
+FLAGS_ALLOWED: Final = {
+    Command.READ: CommandFlag.FUA | CommandFlag.DF,
+    Command.WRITE: CommandFlag.FUA,
+    Command.FLUSH: CommandFlag.FUA,
+    Command.TRIM: CommandFlag.FUA,
+    Command.CACHE: CommandFlag.FUA,
+    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
+}
+"""Commands that have replies. FUA is accepted on all of them; DF only with chunked replies; PAYLOAD_LEN comes on top
+for WRITE and BLOCK_STATUS with extended headers."""
+CHANGING: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+SPACE_TAKING: Final = frozenset((Command.WRITE, Command.WRITE_ZEROES))
+
+ERRORS: Final[Sequence[tuple[type[Exception], ErrorValue, OptionReply]]] = (
+    (errors.OutOfRange, ErrorValue.EINVAL, OptionReply.ERR_INVALID),
+    (errors.InvalidRequest, ErrorValue.EINVAL, OptionReply.ERR_INVALID),
+    (errors.ReadOnly, ErrorValue.EPERM, OptionReply.ERR_POLICY),
+    (errors.NoSpace, ErrorValue.ENOSPC, OptionReply.ERR_UNKNOWN),
+    (errors.NotSupported, ErrorValue.ENOTSUP, OptionReply.ERR_UNSUP),
+    (errors.NotFound, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
+    (errors.Unavailable, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
+    (errors.Corrupt, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
+    (errors.Exists, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
+    (errors.FormatError, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
+    (errors.Busy, ErrorValue.EIO, OptionReply.ERR_POLICY),
+    (errors.Fenced, ErrorValue.EIO, OptionReply.ERR_POLICY),
+    (errors.Stopping, ErrorValue.EIO, OptionReply.ERR_SHUTDOWN),
+)
+"""What each error of objstore is in the transmission phase and in the handshake; the first row that matches counts.
+Exceptions to it: OutOfRange of a command that takes space is ENOSPC, Stopping has no reply in transmission, and
+anything that is not here is a bug: EIO, ERR_UNKNOWN, logged with its traceback."""
+
+
+def error_value(error: Exception, command: int) -> ErrorValue:
+    """The number that a request which failed with `error` is answered with."""
+    if isinstance(error, errors.OutOfRange) and command in SPACE_TAKING:
+        return ErrorValue.ENOSPC
+    for kind, value, _ in ERRORS:
+        if isinstance(error, kind):
+            return value
+    log.error("request failed for an unexpected reason command=%d", command, exc_info=error)
+    return ErrorValue.EIO
+
+
+def option_error(error: Exception) -> tuple[OptionReply, str]:
+    """The reply to an option that could not be done because of `error`."""
+    for kind, _, reply in ERRORS:
+        if isinstance(error, kind):
+            return reply, str(error)
+    log.error("opening an export failed for an unexpected reason", exc_info=error)
+    return OptionReply.ERR_UNKNOWN, "internal error of the server; see its log"
+
+
+class Outbox(Protocol):
+    """Where replies go: the sending half of a connection."""
+
+    def put(self, views: Sequence[memoryview | bytes], buffer: Buffer | None = None) -> None:
+        """Queue views to be sent in order; `buffer` returns to the pool when all of them have left."""
+        ...
+
+    def put_area(self, length: int) -> None:
+        """Send the first `length` bytes of the reply area, which is free again on return."""
+        ...
+
+    def alive(self) -> bool:
+        """False: the peer has hung up, and what it asked for must not happen any more."""
+        ...
+
+    def task_ended(self) -> None:
+        """A task of this connection has queued its reply."""
+        ...
+
+    def finish(self) -> None:
+        """Take no more requests; end the connection when everything has been answered and sent."""
+        ...
+
+
+class Dispatch:
+    """The requests of one connection.
+
+    area: REPLY_AREA_BYTES, shared by all connections of the loop; only `run` writes into it, and `run` does not wait.
+    contexts: id and name of the selected metadata contexts.
+    Every attribute is changed in the event loop only; tasks own their buffers until they end.
+    """
+
+    def __init__(
+        self,
+        volume: Volume,
+        replies: wire.Replies,
+        outbox: Outbox,
+        pool: BufferPool,
+        area: memoryview,
+        *,
+        extended: bool,
+        contexts: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        self.held_bytes = 0
+        """Data of the requests that tasks are working on."""
+        self.cautious = False
+        """The peer may be gone: no write happens before `Outbox.alive` has been asked."""
+        self.request_count = 0
+        self.error_count = 0
+        self._volume = volume
+        self._replies = replies
+        self._outbox = outbox
+        self._pool = pool
+        self._area = area
+        self._extended = extended
+        self._contexts = dict(contexts)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._plain_write_flags = _PAYLOAD_LEN if extended else 0
+        self._flags_allowed = {int(command): int(flags) for command, flags in FLAGS_ALLOWED.items()}
+        if not replies.chunked:
+            self._flags_allowed[_READ] &= ~int(CommandFlag.DF)
+        if extended:
+            self._flags_allowed[_WRITE] |= _PAYLOAD_LEN
+            self._flags_allowed[Command.BLOCK_STATUS] |= _PAYLOAD_LEN
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that tasks are working on."""
+        return len(self._tasks)
+
+    async def settle(self) -> None:
+        """Wait until no task is left; their replies are queued (or dropped with the connection)."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def refusal(self, command: int, flags: int, offset: int, length: int) -> tuple[ErrorValue, str] | None:
+        """Why a request is refused before anything is done for it; None = it may be tried."""
+        allowed = self._flags_allowed.get(command)
+        if allowed is None:
+            return ErrorValue.EINVAL, f"unknown command {command}"
+        if flags & ~allowed:
+            return ErrorValue.EINVAL, f"flags {flags & ~allowed:#x} do not belong to command {command}"
+        if command == _WRITE and self._extended and not flags & _PAYLOAD_LEN:
+            return ErrorValue.EINVAL, "a write with extended headers needs PAYLOAD_LEN"
+        volume = self._volume
+        if command in CHANGING and volume.read_only:
+            return ErrorValue.EPERM, "the export is read-only"
+        if command == Command.FLUSH:
+            return None
+        if command == Command.BLOCK_STATUS:
+            if not self._contexts:
+                return ErrorValue.EINVAL, "no metadata context was selected"
+            if flags & _PAYLOAD_LEN:
+                return None
+            if not length:
+                return ErrorValue.EINVAL, "block status of nothing"
+        if offset + length > volume.size_bytes:
+            value = ErrorValue.ENOSPC if command in SPACE_TAKING else ErrorValue.EINVAL
+            return value, f"past the end of the export offset={offset} length={length} size={volume.size_bytes}"
+        if command == _READ and length > REQUEST_BYTES_MAX:
+            return ErrorValue.EINVAL, f"a read is at most {REQUEST_BYTES_MAX} bytes, not {length}"
+        return None
+
+    def refuses(self, command: int, flags: int, offset: int, length: int) -> bool:
+        """The payload of this request need not be kept: it will be refused, or the command has no long payload."""
+        return command != _WRITE or self.refusal(command, flags, offset, length) is not None
+
+    def run(self, batch: list[Request]) -> None:
+        """Answer a batch as far as that is possible at once, and begin the rest. Payloads are borrowed until return."""
+        volume = self._volume
+        size_bytes = volume.size_bytes
+        read_now = volume.read_now
+        write_now = None if volume.read_only or self.cautious else volume.write_now
+        replies = self._replies
+        put_data = replies.put_data
+        header_bytes = replies.data_header_bytes
+        sparse_bytes_min = SPARSE_BYTES_MIN if replies.chunked else REQUEST_BYTES_MAX
+        plain_write_flags = self._plain_write_flags
+        area = self._area
+        at = 0
+        self.request_count += len(batch)
+        for request in batch:
+            command, flags, cookie, offset, length, payload, buffer = request
+            try:
+                if command == _READ:
+                    if not flags and 0 < length <= BATCH_READ_BYTES_MAX and offset + length <= size_bytes:
+                        data_at = at + header_bytes
+                        end = data_at + length
+                        zeros = read_now(offset, length, area[data_at:end])
+                        if zeros == length:
+                            at += self._put_zeros(area, at, cookie, offset, length)
+                            continue
+                        if 0 <= zeros < sparse_bytes_min:
+                            put_data(area, at, cookie, offset, length)
+                            at = end
+                            continue
+                    elif length > BATCH_READ_BYTES_MAX and not flags and self._read_large(cookie, offset, length):
+                        continue
+                elif (
+                    command == _WRITE
+                    and flags == plain_write_flags
+                    and write_now is not None
+                    and payload is not None
+                    and offset + length <= size_bytes
+                    and write_now(offset, payload)
+                ):
+                    if buffer is not None:
+                        self._pool.release(buffer)
+                    at += replies.put_done(area, at, cookie, offset)
+                    continue
+            except Exception as error:  # noqa: BLE001 - nothing that a volume raises may end the loop's callback
+                if buffer is not None:
+                    self._pool.release(buffer)
+                self._fail(error, command, cookie, offset)
+                continue
+            self._begin(request)
+        if at:
+            self._outbox.put_area(at)
+
+    def _put_zeros(self, area: memoryview, at: int, cookie: int, offset: int, length: int) -> int:
+        """The reply to a read of nothing but zeros; returns its length."""
+        if self._replies.chunked:
+            return self._replies.put_hole(area, at, cookie, offset, length)
+        header_bytes = self._replies.data_header_bytes
+        self._replies.put_data(area, at, cookie, offset, length)
+        area[at + header_bytes : at + header_bytes + length] = ZEROS[:length]
+        return header_bytes + length
+
+    def _read_large(self, cookie: int, offset: int, length: int) -> bool:
+        """Answer a long read at once, out of a buffer of its own; False: not possible, nothing done."""
+        if length > REQUEST_BYTES_MAX or offset + length > self._volume.size_bytes:
+            return False
+        buffer = self._pool.take(length)
+        if buffer is None:
+            return False
+        try:
+            zeros = self._volume.read_now(offset, length, buffer.data[:length])
+        except BaseException:
+            self._pool.release(buffer)
+            raise
+        chunked = self._replies.chunked
+        if zeros < 0 or (zeros >= SPARSE_BYTES_MIN and zeros < length and chunked) or (zeros == length and not chunked):
+            self._pool.release(buffer)
+            return False
+        if zeros == length:
+            self._pool.release(buffer)
+            header = bytearray(wire.HEADER_BYTES_MAX)
+            used = self._replies.put_hole(memoryview(header), 0, cookie, offset, length)
+            self._outbox.put((bytes(header[:used]),))
+        else:
+            self._put_buffer(buffer, cookie, offset, length)
+        return True
+
+    def _put_buffer(self, buffer: Buffer, cookie: int, offset: int, length: int) -> None:
+        """Queue the data in `buffer` as the answer to a read, its header in the room in front."""
+        start = HEAD_BYTES - self._replies.data_header_bytes
+        self._replies.put_data(buffer.whole, start, cookie, offset, length)
+        self._outbox.put((buffer.whole[start : HEAD_BYTES + length],), buffer)
+
+    def _begin(self, request: Request) -> None:
+        """Refuse a request or give it to a task."""
+        command, flags, cookie, offset, length, payload, buffer = request
+        refused = self.refusal(command, flags, offset, length)
+        if refused is None and command == _WRITE and payload is None:
+            refused = ErrorValue.EIO, "the export changed while the payload was dropped"
+        if refused is not None:
+            if buffer is not None:
+                self._pool.release(buffer)
+            self.error_count += 1
+            self._outbox.put((self._replies.error(cookie, offset, *refused),))
+            return
+        copied_bytes = 0
+        if payload is not None and buffer is None:
+            payload = memoryview(bytes(payload))
+            copied_bytes = length
+            self._pool.charge(copied_bytes)
+        if command == _READ or payload is not None:
+            self.held_bytes += length
+        request = (command, flags, cookie, offset, length, payload, buffer)
+        task = self._loop.create_task(self._answer(request, copied_bytes))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._outbox.task_ended()
+
+    async def _answer(self, request: Request, copied_bytes: int) -> None:
+        """Do one request that may wait, and queue its reply."""
+        command, _, cookie, offset, length, payload, buffer = request
+        try:
+            await _PERFORM[command](self, request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request gets its reply
+            self._fail(error, command, cookie, offset)
+        finally:
+            if buffer is not None:
+                self._pool.release(buffer)
+            if copied_bytes:
+                self._pool.discharge(copied_bytes)
+            if command == _READ or payload is not None:
+                self.held_bytes -= length
+
+    def _fail(self, error: Exception, command: int, cookie: int, offset: int) -> None:
+        """Answer a request with the error that it met."""
+        if isinstance(error, errors.Stopping):
+            self._outbox.finish()
+            return
+        self.error_count += 1
+        self._outbox.put((self._replies.error(cookie, offset, error_value(error, command), str(error)),))
+        if isinstance(error, errors.Fenced):
+            self._outbox.finish()
+
+    def _done(self, cookie: int, offset: int) -> None:
+        self._outbox.put((self._replies.done(cookie, offset),))
+
+    async def _write(self, request: Request) -> None:
+        _, flags, cookie, offset, _, payload, _ = request
+        assert payload is not None
+        await self._volume.write(offset, payload, fua=bool(flags & _FUA), alive=self._outbox.alive)
+        self._done(cookie, offset)
+
+    async def _flush(self, request: Request) -> None:
+        await self._volume.flush()
+        self._done(request[2], request[3])
+
+    async def _trim(self, request: Request) -> None:
+        _, flags, cookie, offset, length, _, _ = request
+        await self._volume.trim(offset, length, fua=bool(flags & _FUA), alive=self._outbox.alive)
+        self._done(cookie, offset)
+
+    async def _cache(self, request: Request) -> None:
+        _, _, cookie, offset, length, _, _ = request
+        await self._volume.cache(offset, length)
+        self._done(cookie, offset)
+
+    async def _write_zeroes(self, request: Request) -> None:
+        _, flags, cookie, offset, length, _, _ = request
+        await self._volume.zero(
+            offset,
+            length,
+            no_hole=bool(flags & CommandFlag.NO_HOLE),
+            fast=bool(flags & CommandFlag.FAST_ZERO),
+            fua=bool(flags & _FUA),
+            alive=self._outbox.alive,
+        )
+        self._done(cookie, offset)
+
+    async def _block_status(self, request: Request) -> None:
+        _, flags, cookie, offset, length, payload, _ = request
+        wanted: Sequence[int] = tuple(self._contexts)
+        if flags & _PAYLOAD_LEN:
+            length, wanted = self._status_filter(payload)
+            if offset + length > self._volume.size_bytes:
+                raise errors.InvalidRequest(f"past the end of the export offset={offset} length={length}")
+        extents_max = 1 if flags & CommandFlag.REQ_ONE else STATUS_EXTENTS_MAX
+        chunks = []
+        for index, context_id in enumerate(wanted, start=1):
+            query = CONTEXTS[self._contexts[context_id]]
+            extents = await query(self._volume, offset, length, extents_max)
+            chunks.append(self._replies.status(cookie, offset, context_id, extents, done=index == len(wanted)))
+        self._outbox.put(chunks)
+
+    def _status_filter(self, payload: memoryview | None) -> tuple[int, Sequence[int]]:
+        """Effect length and contexts out of the payload of a block status request."""
+        if payload is None:
+            raise errors.InvalidRequest("payload of a block status request is too long")
+        try:
+            length, wanted = decode_status_payload(payload)
+        except ValueError as error:
+            raise errors.InvalidRequest(str(error)) from error
+        if not length or not wanted:
+            raise errors.InvalidRequest("block status of nothing")
+        if len(set(wanted)) != len(wanted) or not set(wanted) <= self._contexts.keys():
+            raise errors.InvalidRequest("unknown or repeated metadata context id")
+        return length, wanted
+
+    async def _read(self, request: Request) -> None:
+        _, flags, cookie, offset, length, _, _ = request
+        if not length:
+            self._done(cookie, offset)
+            return
+        buffer: Buffer | None = await self._pool.acquire(length)
+        assert buffer is not None
+        whole = bool(flags & CommandFlag.DF) or not self._replies.chunked
+        into = buffer.data[:length]
+        try:
+            try:
+                zeros = await self._volume.read(offset, length, into)
+            except errors.Corrupt as error:
+                if not self._replies.chunked or not 0 < len(error.bad) <= DAMAGED_RANGES_MAX:
+                    raise
+                self.error_count += 1
+                self._put_damaged(error, cookie, offset, into, whole, buffer)
+                buffer = None
+                return
+            if zeros == length:
+                _fill_zeros(into)
+            if whole or zeros < min(length, SPARSE_BYTES_MIN):
+                self._put_buffer(buffer, cookie, offset, length)
+            elif zeros == length:
+                self._put_sparse([Extent(length, hole=True, zero=True)], cookie, offset, into, buffer)
+            else:
+                extents = await self._volume.extents(offset, length)
+                self._put_sparse(extents, cookie, offset, into, buffer)
+            buffer = None
+        finally:
+            if buffer is not None:
+                self._pool.release(buffer)
+
+    def _put_sparse(
+        self, extents: Sequence[Extent], cookie: int, offset: int, data: memoryview, buffer: Buffer
+    ) -> None:
+        """Answer a read with holes where `extents` say so; what they do not cover, and short holes, go as data."""
+        views: list[memoryview | bytes] = []
+        sent = at = 0
+        length = len(data)
+        for extent in extents:
+            if extent.zero and extent.length_bytes >= min(SPARSE_BYTES_MIN, length):
+                self._add_data(views, cookie, offset, data, sent, at)
+                sent = at + extent.length_bytes
+                header = self._replies.chunk(Chunk.OFFSET_HOLE, cookie, offset, 12, done=sent == length)
+                views.append(header + wire.hole_payload(offset + at, extent.length_bytes))
+            at += extent.length_bytes
+        self._add_data(views, cookie, offset, data, sent, length)
+        self._outbox.put(views, buffer)
+
+    def _put_damaged(
+        self, error: errors.Corrupt, cookie: int, offset: int, data: memoryview, whole: bool, buffer: Buffer
+    ) -> None:
+        """Answer a read of damaged blocks: the good parts as data, an error at the start of each bad part.
+
+        whole: only one content chunk is allowed, so only what is in front of the first bad part is sent.
+        """
+        views: list[memoryview | bytes] = []
+        bad = error.bad[:1] if whole else error.bad
+        at = 0
+        for bad_offset, bad_length in bad:
+            self._add_data(views, cookie, offset, data, at, bad_offset - offset, last=False)
+            at = bad_offset - offset + bad_length
+        if not whole:
+            self._add_data(views, cookie, offset, data, at, len(data), last=False)
+        for index, (bad_offset, _) in enumerate(bad, start=1):
+            payload = wire.error_offset_payload(ErrorValue.EIO, str(error), bad_offset)
+            done = index == len(bad)
+            header = self._replies.chunk(Chunk.ERROR_OFFSET, cookie, offset, len(payload), done=done)
+            views.append(header + payload)
+        self._outbox.put(views, buffer)
+
+    def _add_data(
+        self,
+        views: list[memoryview | bytes],
+        cookie: int,
+        offset: int,
+        data: memoryview,
+        start: int,
+        end: int,
+        *,
+        last: bool = True,
+    ) -> None:
+        """A data chunk for data[start:end] of a read at `offset`; nothing if that is empty."""
+        if start >= end:
+            return
+        done = last and end == len(data)
+        header = self._replies.chunk(Chunk.OFFSET_DATA, cookie, offset, end - start + 8, done=done)
+        views.append(header + wire.data_offset(offset + start))
+        views.append(data[start:end])
+
+
+def _fill_zeros(into: memoryview) -> None:
+    for at in range(0, len(into), len(ZEROS)):
+        part = into[at : at + len(ZEROS)]
+        part[:] = ZEROS[: len(part)]
+
+
+_PERFORM: Final[dict[int, Callable[[Dispatch, Request], Coroutine[Any, Any, None]]]] = {
+    Command.READ: Dispatch._read,
+    Command.WRITE: Dispatch._write,
+    Command.FLUSH: Dispatch._flush,
+    Command.TRIM: Dispatch._trim,
+    Command.CACHE: Dispatch._cache,
+    Command.WRITE_ZEROES: Dispatch._write_zeroes,
+    Command.BLOCK_STATUS: Dispatch._block_status,
+}

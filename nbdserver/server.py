@@ -1,0 +1,287 @@
+"""Listeners, the list of connections, and the stop.
+
+Several listeners (Unix sockets, TCP), one event loop, one set of exports. A stop never sends an error: listeners close,
+every connection finishes and answers what it has received and closes, then the volumes are flushed.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+from nbdserver.connection import ClientInfo, Common, Connection, ServerSettings
+from nbdserver.exports import Exports
+from nbdserver.wire.constants import PORT
+from objstore.errors import StoreError
+from objstore.volume.base import Volume, VolumeSource
+
+__all__ = ["ClientInfo", "Listener", "Server", "ServerSettings"]
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 128
+ACCEPTS_MAX: Final = 16
+"""Connections accepted in one turn of the loop."""
+ACCEPT_PAUSE_SECONDS: Final = 1.0
+"""Wait after running out of descriptors or memory for sockets."""
+WATCH_SECONDS: Final = 1.0
+"""How often connections that stand in others' way are looked for."""
+KEEPALIVE_IDLE_SECONDS: Final = 60
+KEEPALIVE_INTERVAL_SECONDS: Final = 10
+KEEPALIVE_COUNT: Final = 6
+"""A dead peer is noticed after two minutes of silence."""
+
+
+class Listener(NamedTuple):
+    """Where to listen: a Unix socket (path) or TCP (host, port)."""
+
+    path: str | None = None
+    host: str = ""
+    port: int = PORT
+
+    @classmethod
+    def parse(cls, text: str) -> "Listener":
+        """`unix:///PATH` or `tcp://HOST:PORT` (port 10809 if left out, IPv6 hosts in brackets). ValueError."""
+        parts = urlsplit(text)
+        if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and len(parts.path) > 1:
+            return cls(path=unquote(parts.path))
+        if parts.scheme == "tcp" and parts.hostname and parts.path in ("", "/"):
+            return cls(host=parts.hostname, port=PORT if parts.port is None else parts.port)
+        raise ValueError(f"listener is unix:///PATH or tcp://HOST:PORT, not {text!r}")
+
+    def uri(self, export_name: str) -> str:
+        """The NBD URI of an export behind this listener."""
+        name = quote(export_name, safe="")
+        if self.path is not None:
+            return f"nbd+unix:///{name}?socket={quote(self.path, safe='/')}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == PORT else f":{self.port}"
+        return f"nbd://{host}{port}/{name}"
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix://{self.path}"
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+class Server:
+    """An NBD server over the volumes of `source`. `start`, `stop`, once each; every method in the event loop."""
+
+    def __init__(self, source: VolumeSource, settings: ServerSettings | None = None) -> None:
+        self.settings = settings or ServerSettings()
+        self.listeners: list[Listener] = []
+        """Where the server listens, ports filled in."""
+        self._exports = Exports(source, self.settings.default_export)
+        self._common = Common(self.settings, self._exports, self._entered)
+        self._sockets: list[tuple[socket.socket, Listener]] = []
+        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._paths: list[tuple[str, tuple[int, int]]] = []
+        self._watcher: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def start(self, listeners: Sequence[Listener]) -> None:
+        """Listen and serve. OSError, with nothing left open, if a listener can't be had."""
+        loop = asyncio.get_running_loop()
+        try:
+            for listener in listeners:
+                for sock, actual in self._bind(listener):
+                    self._sockets.append((sock, actual))
+                    self.listeners.append(actual)
+        except BaseException:
+            self._close_listeners()
+            raise
+        for sock, _ in self._sockets:
+            loop.add_reader(sock.fileno(), self._accept, sock)
+        self._watcher = loop.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Finish and answer what was received, close every connection, flush the volumes. Idempotent.
+
+        After stop_seconds what has not finished is cut off.
+        """
+        if self._stopping:
+            return
+        self._stopping = True
+        loop = asyncio.get_running_loop()
+        for sock, _ in self._sockets:
+            loop.remove_reader(sock.fileno())
+        self._close_listeners()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        volumes: dict[int, Volume] = {}
+        for connection in list(self._connections):
+            if connection.volume is not None:
+                volumes[id(connection.volume)] = connection.volume
+            connection.finish()
+        tasks = list(self._connections.values())
+        if tasks:
+            _, pending = await asyncio.wait(tasks, timeout=self.settings.stop_seconds)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for volume in volumes.values():
+            try:
+                await volume.flush()
+            except StoreError as error:
+                log.error("last flush failed export=%s: %s", volume.name, error)
+
+    def clients(self) -> list[ClientInfo]:
+        """Every connection, oldest first."""
+        return [connection.info() for connection in self._connections]
+
+    def _bind(self, listener: Listener) -> list[tuple[socket.socket, Listener]]:
+        """Listening sockets for one listener: several if its host name has several addresses."""
+        if listener.path is not None:
+            sock = _listen_unix(listener.path)
+            self._paths.append((listener.path, _identity(listener.path)))
+            return [(sock, listener)]
+        found = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        bound: list[tuple[socket.socket, Listener]] = []
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(address)
+                sock.listen(BACKLOG)
+            except OSError as error:
+                sock.close()
+                for other, _ in bound:
+                    other.close()
+                raise OSError(error.errno, f"can't listen on {listener}: {error.strerror}") from error
+            host, port = sock.getsockname()[:2]
+            bound.append((sock, Listener(host=str(host), port=port)))
+        return bound
+
+    def _close_listeners(self) -> None:
+        for sock, _ in self._sockets:
+            sock.close()
+        self._sockets.clear()
+        for path, identity in self._paths:
+            with contextlib.suppress(OSError):
+                if _identity(path) == identity:
+                    os.unlink(path)
+        self._paths.clear()
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPTS_MAX):
+            try:
+                sock, address = listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause_accepting(listening, error)
+                    return
+                continue
+            sock.setblocking(False)
+            if len(self._connections) >= self.settings.connections_max:
+                log.warning("connection refused: connections_max=%d are open", self.settings.connections_max)
+                sock.close()
+                continue
+            try:
+                peer = self._prepare(sock, address)
+            except OSError:
+                sock.close()
+                continue
+            connection = Connection(sock, peer, self._common)
+            task = asyncio.get_running_loop().create_task(connection.run())
+            self._connections[connection] = task
+            task.add_done_callback(partial(self._gone, connection))
+
+    def _pause_accepting(self, listening: socket.socket, error: OSError) -> None:
+        log.error("no connection can be accepted for now: %s", error)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening.fileno())
+        loop.call_later(ACCEPT_PAUSE_SECONDS, self._accept_again, listening)
+
+    def _accept_again(self, listening: socket.socket) -> None:
+        if not self._stopping:
+            asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
+
+    def _prepare(self, sock: socket.socket, address: object) -> str:
+        """Set the options of an accepted socket; returns the peer's name."""
+        if sock.family == socket.AF_UNIX:
+            size = self.settings.socket_buffer_bytes
+            if size:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+            return f"unix:{sock.getsockname()}#{sock.fileno()}"
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+        assert isinstance(address, tuple)
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def _entered(self, newcomer: Connection) -> None:
+        """A client that reconnects may have left a connection behind whose writes are older than what it will send:
+        connections of the export whose peer has hung up end, and what they had not read is dropped."""
+        for connection in list(self._connections):
+            if (
+                connection is not newcomer
+                and connection.export == newcomer.export
+                and connection.hung_up()
+                and not connection.disconnected
+            ):
+                connection.abort("its peer hung up and the export has a newer client")
+
+    def _gone(self, connection: Connection, task: asyncio.Task[None]) -> None:
+        del self._connections[connection]
+        if self._common.last_active is connection:
+            self._common.last_active = None
+        if not task.cancelled() and task.exception() is not None:
+            log.error("connection failed peer=%s", connection.peer, exc_info=task.exception())
+
+    async def _watch(self) -> None:
+        """Close connections that do not move while they hold buffers that others wait for."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self._common.pool.short:
+                limit = time.monotonic() - self.settings.stall_seconds
+                for connection in list(self._connections):
+                    if connection.stalled_since is not None and connection.stalled_since < limit:
+                        connection.abort("it stalled and others wait for its memory")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+def _listen_unix(path: str) -> socket.socket:
+    """A listening Unix socket. A socket file that nobody listens on is replaced, anything else is left alone."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            sock.bind(path)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"can't listen on unix://{path}: {reason}") from error
+    return sock
+
+
+def _is_stale(path: str) -> bool:
+    """A socket file whose server is gone."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) == errno.ECONNREFUSED
