@@ -5,7 +5,7 @@ clean one can be replaced by the PageRef of its page in a checkpoint. No I/O and
 
 Limits: EXTENTS_WORK_MAX bounds one `extents` call whatever the disk's size. `fill` and `truncate` take 0.3 us for each
     region that exists in their range (RESERVED: in their range); nothing else depends on the size of the disk.
-Memory: 8.4 KiB for a region of entries, 0.3-1 KiB for a run table, 0.1-0.2 KiB for one run or a PageRef.
+Memory: 8.2 KiB for a region of entries, 0.2-1.2 KiB for a run table, 0.1-0.3 KiB for one run or a PageRef.
 
 Holds at every return:
 - An address belongs to the map of exactly this disk: blocks and ranges are checked by the caller.
@@ -18,6 +18,7 @@ Holds at every return:
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple, TypeAlias, final
 
@@ -25,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from objstore.log.address import BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED, SEGMENT_BLOCKS_MAX
+from objstore.log.eviction import EvictionClock
+from objstore.log.mapbulk import BATCH_MAX, heads_of, keep_last, merge_runs, tally_regions
 from objstore.log.regions import (
     TABLE_RUNS_MAX,
     Entries,
@@ -39,13 +42,11 @@ from objstore.log.regions import (
     entry_at,
     expand,
     kinds_of,
-    merge_runs,
     put_run,
     run_heads,
     runs_of,
     splice,
     tally,
-    tally_regions,
     view,
 )
 from objstore.units import BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK, REGION_SHIFT, VDI_BYTES_MAX
@@ -58,26 +59,19 @@ once and every later write to the region 0.2 us. Few scattered writes to a seque
 region."""
 DENSE_RUNS_MIN: Final = 32
 """A replayed region that gets more runs at once goes to the array form without counting them."""
-BATCH_BITS: Final = 22
-BATCH_MAX: Final = 1 << BATCH_BITS
-"""Writes that are sorted at once; block number and place in the batch share the 64 bits of a sort key."""
 FILL_TALLY_MAX: Final = 64
 """Whole regions that one fill counts itself (10 us each); beyond that they are queued in `dropped`."""
 EXTENTS_WORK_MAX: Final = 1 << 14
 EXTENTS_WORK_REGION: Final = 64
 """Work of one `extents` call: 1 for an absent region (30 ns), 64 for another (2-5 us): about 1 ms."""
-GHOSTS_MAX: Final = 4096
-CHANCES_GHOST: Final = 2
 
 REGION_OVERHEAD_BYTES: Final = 100
 """Key and slot of the dict (measured on 2^18 regions)."""
 ARRAY_BYTES: Final = 80 + 8 * REGION_BLOCKS
-TABLE_BYTES: Final = 210
-TABLE_RUN_BYTES: Final = 10
+TABLE_BYTES: Final = 80
+TABLE_RUN_BYTES: Final = 16
 PAGE_REF_BYTES: Final = 170
 INT_BYTES: Final = 36
-
-assert BLOCKS_MAX.bit_length() - 1 + BATCH_BITS <= 64
 
 
 @final
@@ -104,11 +98,11 @@ def slot_bytes(value: Slot | None) -> int:
     """Approximate memory of a region, its place in the dict included."""
     if value is None:
         return 0
-    if isinstance(value, array):
+    if type(value) is array:
         return REGION_OVERHEAD_BYTES + ARRAY_BYTES
-    if isinstance(value, RunTable):
-        return REGION_OVERHEAD_BYTES + TABLE_BYTES + TABLE_RUN_BYTES * len(value.starts)
-    return REGION_OVERHEAD_BYTES + (PAGE_REF_BYTES if isinstance(value, PageRef) else INT_BYTES)
+    if type(value) is RunTable:
+        return REGION_OVERHEAD_BYTES + TABLE_BYTES + TABLE_RUN_BYTES // 2 * len(value)
+    return REGION_OVERHEAD_BYTES + (PAGE_REF_BYTES if type(value) is PageRef else INT_BYTES)
 
 
 class BlockMap:
@@ -120,8 +114,7 @@ class BlockMap:
     dropped, dropped_refs: whole regions that a large `fill` or an overwrite removed uncounted; see `count_dropped`.
     """
 
-    __slots__ = ("_bytes", "_chances", "_frozen", "_ghosts", "_hand", "_open", "dirty", "dropped", "dropped_refs",
-                 "regions")
+    __slots__ = ("_bytes", "_clock", "_frozen", "_open", "dirty", "dropped", "dropped_refs", "regions")
 
     def __init__(self, pages: Mapping[int, PageRef] | None = None) -> None:
         """pages: the regions of a checkpoint; without, an empty disk."""
@@ -132,9 +125,7 @@ class BlockMap:
         self._open: dict[int, Entries] = {}
         self._frozen: Frozen | None = None
         self._bytes = sum(map(slot_bytes, self.regions.values()))
-        self._hand: list[int] = []
-        self._chances: dict[int, int] = {}
-        self._ghosts: dict[int, None] = {}
+        self._clock = EvictionClock()
 
     # Blocks
 
@@ -145,9 +136,14 @@ class BlockMap:
             return value[block & REGION_MASK]
         if value is None:
             return HOLE
-        if isinstance(value, PageRef):
-            raise NotLoaded(block >> REGION_SHIFT)
-        return entry_at(value, block & REGION_MASK)
+        if type(value) is RunTable:
+            half = len(value) >> 1
+            run = bisect_right(value, block & REGION_MASK, 0, half) - 1
+            entry = value[half + run]
+            return entry + (block & REGION_MASK) - value[run] if entry > RESERVED else entry
+        if type(value) is int:
+            return value + (block & REGION_MASK) if value > RESERVED else value
+        raise NotLoaded(block >> REGION_SHIFT)
 
     def set_one(self, block: int, entry: int) -> int:
         """Change one block; returns its old entry. NotLoaded."""
@@ -161,7 +157,7 @@ class BlockMap:
 
     def _set_elsewhere(self, region: int, index: int, entry: int) -> int:
         value = self._loaded(region)
-        if isinstance(value, array):
+        if type(value) is array:
             values = self._writable(region, value)
             old = values[index]
             values[index] = entry
@@ -191,7 +187,7 @@ class BlockMap:
         """Replace a region by a changed one."""
         self._store(region, value)
         self.dirty.add(region)
-        if isinstance(value, array):
+        if type(value) is array:
             self._open[region] = value
         else:
             self._open.pop(region, None)
@@ -306,7 +302,7 @@ class BlockMap:
             return
         value = self._loaded(region)
         tally(value, index, stop, replaced)
-        if isinstance(value, array):
+        if type(value) is array:
             put_run(self._writable(region, value), index, stop, entry)
         elif value is not None or entry != HOLE:
             self._put(region, splice(value, index, stop, entry, TABLE_RUNS_MAX))
@@ -400,7 +396,7 @@ class BlockMap:
         repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
         if len(repeated):
             # One round for all first occurrences, one for the second ones, and so on.
-            heads = _heads(ordered)
+            heads = heads_of(ordered)
             rank = np.arange(len(ordered)) - np.repeat(heads, np.diff(heads, append=len(ordered)))
             for turn in range(int(rank.max()) + 1):
                 chosen = order[rank == turn]
@@ -413,11 +409,11 @@ class BlockMap:
         """compare_and_assign for ascending blocks."""
         applied = np.empty(len(lbas), np.bool_)
         region_of = lbas >> REGION_SHIFT
-        heads = _heads(region_of)
+        heads = heads_of(region_of)
         for region, low, high in zip(region_of[heads].tolist(), heads.tolist(), [*heads[1:].tolist(), len(lbas)],
                                      strict=True):
             value = self._loaded(region)
-            values = value if isinstance(value, array) else expand(value)
+            values = value if type(value) is array else expand(value)
             where = lbas[low:high] & REGION_MASK
             still = view(values)[where] == sources[low:high]
             applied[low:high] = still
@@ -441,7 +437,7 @@ class BlockMap:
 
     def _apply_batch(self, lbas: U64Array, entries: U64Array) -> None:
         if not (lbas[1:] > lbas[:-1]).all():
-            lbas, entries = _keep_last(lbas, entries)
+            lbas, entries = keep_last(lbas, entries)
         # A run ends with its region, too.
         cut = np.zeros(len(lbas), np.bool_)
         cut[run_heads(entries)] = True
@@ -450,12 +446,12 @@ class BlockMap:
         run_at = np.flatnonzero(cut)
         starts = lbas[run_at]
         region_of = starts >> REGION_SHIFT
-        heads = _heads(region_of)
+        heads = heads_of(region_of)
         touched = region_of[heads].tolist()
         runs_in = np.diff(heads, append=len(starts))
         values = [self._loaded(region) for region in touched]
         dense = runs_in > DENSE_RUNS_MIN
-        dense |= np.fromiter((isinstance(value, array) for value in values), np.bool_, len(values))
+        dense |= np.fromiter((type(value) is array for value in values), np.bool_, len(values))
         bounds = run_at[heads].tolist()
         bounds.append(len(lbas))
         for where in np.flatnonzero(dense).tolist():
@@ -476,7 +472,7 @@ class BlockMap:
             self._put(touched[where], value)
 
     def _apply_dense(self, region: int, value: Region | None, where: Integers, entries: U64Array) -> None:
-        if isinstance(value, array):
+        if type(value) is array:
             view(self._writable(region, value))[where] = entries
             return
         values = expand(value)
@@ -522,8 +518,7 @@ class BlockMap:
         if self.regions.get(region) != ref:
             return False
         self._store(region, value)
-        self._chances[region] = CHANCES_GHOST if region in self._ghosts else 1
-        self._ghosts.pop(region, None)
+        self._clock.loaded(region)
         return True
 
     def evict(self, region: int, ref: PageRef) -> bool:
@@ -535,43 +530,16 @@ class BlockMap:
         if value is None or isinstance(value, PageRef) or region in self.dirty or self._is_frozen(region):
             return False
         self._store(region, ref)
-        self._chances.pop(region, None)
-        self._ghosts[region] = None
-        if len(self._ghosts) > GHOSTS_MAX:
-            del self._ghosts[next(iter(self._ghosts))]
+        self._clock.evicted(region)
         return True
 
     def eviction_candidates(self, regions_max: int) -> list[int]:
-        """Clean regions whose eviction frees memory (run tables and arrays), the least wanted first.
-
-        A clock that reads and writes leave no marks for: its hand passes a region once after a load, and twice if the
-        region had been evicted shortly before, because what comes back is in use. Takes one turn of the clock, 0.2 us a
-        region; a second or third one only if all that could go had a chance left.
-        """
-        found: dict[int, None] = {}
-        passed = True
-        while passed and not found:
-            passed = False
-            for _ in range(len(self.regions)):
-                if len(found) >= regions_max:
-                    break
-                if not self._hand:
-                    self._hand = list(self.regions)
-                region = self._hand.pop()
-                if region in found or not self._can_go(region):
-                    continue
-                chances = self._chances.pop(region, 0)
-                if chances:
-                    passed = True
-                    if chances > 1:
-                        self._chances[region] = chances - 1
-                else:
-                    found[region] = None
-        return list(found)
+        """Clean regions whose eviction frees memory (run tables and arrays), the least wanted first."""
+        return self._clock.candidates(self.regions, self._can_go, regions_max)
 
     def _can_go(self, region: int) -> bool:
         value = self.regions.get(region)
-        return isinstance(value, (array, RunTable)) and region not in self.dirty and not self._is_frozen(region)
+        return isinstance(value, array) and region not in self.dirty and not self._is_frozen(region)
 
     def _is_frozen(self, region: int) -> bool:
         return self._frozen is not None and region in self._frozen.regions
@@ -650,20 +618,3 @@ class Frozen:
         """The checkpoint is given up: all its regions are dirty again."""
         self.pages.clear()
         self._map._unfreeze(self.regions)
-
-
-def _heads(values: Integers) -> npt.NDArray[np.intp]:
-    """Indices at which a new value begins, the first being 0. At least one value."""
-    return np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
-
-
-def _keep_last(lbas: U64Array, entries: U64Array) -> tuple[U64Array, U64Array]:
-    """The last write to each block, by block. At most BATCH_MAX writes.
-
-    Sorting 64-bit numbers that hold block and place is several times faster than a stable argsort.
-    """
-    keys = lbas << BATCH_BITS | np.arange(len(lbas), dtype=np.uint64)
-    keys.sort()
-    ordered = keys >> BATCH_BITS
-    last = np.append(ordered[1:] != ordered[:-1], True)
-    return ordered[last], entries[(keys[last] & (BATCH_MAX - 1)).astype(np.intp)]

@@ -1,0 +1,277 @@
+"""One writable log with its block map: what changes blocks, what reads them, and the account of live segments.
+
+Whole blocks only; bytes, admission and modes are the volume's business (volume/vdi.py). Decisions are plain functions;
+a coroutine here awaits only reads. Every append and the change of the map that belongs to it happen in one loop turn.
+
+Holds: the map says exactly what replaying the log up to writer.position would give (a request of several parts takes
+effect with its last); a segment's `live` counts the map's entries that point into it, except for regions that a large
+discard dropped and that `Keeper` still has to count: then it is too high, never too low.
+"""
+
+import logging
+from array import array
+from collections.abc import Callable
+from typing import Final
+
+from objstore.errors import Corrupt
+from objstore.format.record import RECORD_DATA_BLOCKS_MAX, Flag, Kind
+from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED
+from objstore.log.blockmap import BlockMap, PageRef
+from objstore.log.checkpoint import load_pages
+from objstore.log.env import Env
+from objstore.log.reader import read_run, read_run_now, zero_fill
+from objstore.log.regions import decode_region
+from objstore.log.segment import Segment
+from objstore.log.writer import LogWriter
+from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
+
+log = logging.getLogger(__name__)
+
+FILL_KIND: Final = {HOLE: Kind.TRIM, RESERVED: Kind.ZERO}
+
+
+class Disk:
+    """A log, its map, its segments. Touched by the event loop only.
+
+    segments: the live table of this log, number -> Segment (the open one included). dead: segments without live
+    blocks that wait for two checkpoints, with the number of checkpoints begun and completed since they died.
+    """
+
+    def __init__(self, env: Env, log_number: int, blocks: int, blockmap: BlockMap, writer: LogWriter) -> None:
+        self.env = env
+        self.log = log_number
+        self.blocks = blocks
+        self.map = blockmap
+        self.writer = writer
+        self.segments: dict[int, Segment] = {}
+        self.dead: dict[int, tuple[Segment, int]] = {}
+        self.checkpoint_zones: Callable[[int], tuple[int, ...]] = lambda number: tuple(range(len(env.zones)))
+        self._parts: list[tuple[int, int, int, int]] = []
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    @property
+    def between_parts(self) -> bool:
+        """A request of several parts is under way: no checkpoint may begin here."""
+        return bool(self._parts)
+
+    def write_block(self, lba: int, data: memoryview) -> bool:
+        """Write one whole block if that takes no waiting: the hot path. False: nothing done."""
+        writer = self.writer
+        blockmap = self.map
+        value = blockmap.regions.get(lba >> REGION_SHIFT)
+        if type(value) is PageRef or not writer.room(1):
+            return False
+        entry = writer.append_block(lba, data)
+        segments = self.env.segments
+        segments[entry >> BLOCK_BITS].live += 1
+        old = blockmap.set_one(lba, entry)
+        if old > RESERVED:
+            segments[old >> BLOCK_BITS].live -= 1
+        return True
+
+    def write_now(self, lba: int, data: memoryview) -> bool:
+        """Write whole blocks as one operation if that takes no waiting. False: nothing done."""
+        blocks = len(data) >> BLOCK_SHIFT
+        if blocks > RECORD_DATA_BLOCKS_MAX or self.map.missing_edges(lba, blocks):
+            return False
+        if self.writer.room(blocks, whole=True) < blocks:
+            return False
+        self.append_write(lba, blocks, data)
+        return True
+
+    def append_write(self, lba: int, count: int, data: memoryview, flags: int = 0) -> None:
+        """One operation of at most `writer.room` blocks; the edges of its range are loaded."""
+        entry = self.writer.append(Kind.WRITE, lba, count, data, flags=flags)
+        self._apply(Kind.WRITE, lba, count, entry, flags)
+
+    def append_fill(self, lba: int, count: int, value: int, flags: int = 0) -> None:
+        """Make a range HOLE or RESERVED; `writer.room(0)` was asked, the edges of the range are loaded."""
+        kind = FILL_KIND[value]
+        self.writer.append(kind, lba, count, flags=flags)
+        self._apply(kind, lba, count, value, flags)
+
+    def _apply(self, kind: int, lba: int, count: int, entry: int, flags: int) -> None:
+        if flags:
+            if flags & Flag.FIRST:
+                self._parts.clear()
+            self._parts.append((kind, lba, count, entry))
+            if not flags & Flag.LAST:
+                return
+            parts, self._parts = self._parts, []
+        else:
+            parts = [(kind, lba, count, entry)]
+        segments = self.env.segments
+        for part_kind, part_lba, part_count, part_entry in parts:
+            if part_kind == Kind.WRITE:
+                replaced = self.map.assign(part_lba, part_entry, part_count)
+                segments[part_entry >> BLOCK_BITS].live += part_count
+            else:
+                replaced = self.map.fill(part_lba, part_count, part_entry)
+            for key, blocks in replaced.items():
+                segments[key].live -= blocks
+
+    def forget_parts(self) -> None:
+        """The request of several parts under way failed before its last one: it never happened."""
+        self._parts.clear()
+
+    # -- map pages ----------------------------------------------------------------------------------------------
+
+    async def load(self, wanted: list[tuple[int, PageRef]]) -> None:
+        """Bring these regions of the map into memory. Corrupt: a page is bad in every zone."""
+        if not wanted:
+            return
+        for region, ref, page in await load_pages(self.env, self.log, wanted, self.checkpoint_zones):
+            self.map.load(region, ref, decode_region(page))
+
+    async def load_edges(self, lba: int, count: int) -> None:
+        """Bring in what `append_write` and `append_fill` of the range need."""
+        while wanted := self.map.missing_edges(lba, count):
+            await self.load(wanted)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read_block_now(self, lba: int, into: memoryview) -> int:
+        """One block: 0 = `into` holds it, 1 = it is zeros and `into` untouched, -1 = can't without waiting."""
+        value = self.map.regions.get(lba >> REGION_SHIFT)
+        if type(value) is array:
+            entry = value[lba & REGION_MASK]
+        elif value is None:
+            return 1
+        elif type(value) is PageRef:
+            return -1
+        else:
+            entry = self.map.lookup(lba)
+        if entry <= RESERVED:
+            return 1
+        segment = self.env.segments[entry >> BLOCK_BITS]
+        return 0 if read_run_now(segment, entry & BLOCK_IN_SEGMENT_MASK, 1, into) else -1
+
+    def read_now(self, lba: int, count: int, into: memoryview) -> int:
+        """Blocks of zeros in the range, `into` untouched if that is all of them; -1 = can't without waiting."""
+        if count == 1:
+            return self.read_block_now(lba, into)
+        if self.map.missing(lba, count):
+            return -1
+        segments = self.env.segments
+        zeros: list[tuple[int, int]] = []
+        zero_blocks = done = 0
+        for entry, n in self.map.runs(lba, count):
+            if entry <= RESERVED:
+                zeros.append((done, n))
+                zero_blocks += n
+            else:
+                part = into[done << BLOCK_SHIFT : (done + n) << BLOCK_SHIFT]
+                if not read_run_now(segments[entry >> BLOCK_BITS], entry & BLOCK_IN_SEGMENT_MASK, n, part):
+                    return -1
+            done += n
+        if done < count:
+            return -1
+        if zero_blocks < count:
+            zero_fill(into, zeros)
+        return zero_blocks
+
+    async def read(self, lba: int, count: int, into: memoryview) -> int:
+        """As read_now, waiting for zones. Corrupt, with `bad` in bytes from the start of the disk: every other byte of
+        `into` is filled."""
+        env = self.env
+        zeros: list[tuple[int, int]] = []
+        bad: list[int] = []
+        done = 0
+        while done < count:
+            await self.load(self.map.missing(lba + done, min(count - done, RECORD_DATA_BLOCKS_MAX)))
+            end = min(count, done + RECORD_DATA_BLOCKS_MAX)
+            if self.map.missing(lba + done, end - done):
+                continue
+            for entry, n in self.map.runs(lba + done, end - done):
+                if entry <= RESERVED:
+                    zeros.append((done, n))
+                    done += n
+                    continue
+                segment = env.segments[entry >> BLOCK_BITS]
+                block = entry & BLOCK_IN_SEGMENT_MASK
+                part = into[done << BLOCK_SHIFT : (done + n) << BLOCK_SHIFT]
+                if read_run_now(segment, block, n, part):
+                    done += n
+                    continue
+                n, in_memory = stretch(segment, block, n)
+                part = part[: n << BLOCK_SHIFT]
+                if in_memory:
+                    read_run_now(segment, block, n, part)
+                else:
+                    bad += [done + i for i in await self._read_zones(lba + done, entry, segment, n, part)]
+                done += n
+                break  # the map may have changed while this waited
+        zero_blocks = sum(n for _, n in zeros)
+        if zero_blocks < count:
+            zero_fill(into, zeros)
+        if bad:
+            raise Corrupt(
+                f"no zone has these blocks whole log={self.log} blocks={len(bad)} first={lba + bad[0]}",
+                merge_ranges([((lba + i) << BLOCK_SHIFT, BLOCK_BYTES) for i in bad]),
+            )
+        return zero_blocks
+
+    async def _read_zones(self, lba: int, entry: int, segment: Segment, count: int, into: memoryview) -> list[int]:
+        """Fill `into` from the zones; indices of damaged blocks. A block that the map has moved meanwhile is read
+        where it is now before it counts as damaged."""
+        try:
+            data, bad = await read_run(self.env, segment, entry & BLOCK_IN_SEGMENT_MASK, count)
+        except Corrupt:
+            data, bad = None, list(range(count))
+        if data is not None:
+            into[:] = data
+        damaged = []
+        for i in bad:
+            await self.load(self.map.missing(lba + i, 1))
+            part = into[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
+            if self.map.lookup(lba + i) == entry + i:
+                part[:] = bytes(BLOCK_BYTES)
+                damaged.append(i)
+                continue
+            try:
+                if await self.read(lba + i, 1, part):
+                    part[:] = bytes(BLOCK_BYTES)
+            except Corrupt:
+                damaged.append(i)
+        return damaged
+
+    async def extents(self, lba: int, count: int, extents_max: int) -> list[tuple[int, int]]:
+        """(HOLE, RESERVED or ENTRY_MIN for data, blocks), from the start of the range; may cover less than asked for."""
+        while True:
+            await self.load(self.map.missing(lba, 1))
+            if not self.map.missing(lba, 1):
+                return self.map.extents(lba, count, extents_max)
+
+    @property
+    def live_blocks(self) -> int:
+        """Blocks that hold data, as far as they have been counted."""
+        return sum(segment.live for segment in self.segments.values())
+
+    @property
+    def file_blocks(self) -> int:
+        """Blocks that the segments take in each zone, dead ones that are not yet freed included."""
+        return sum(s.blocks for s in self.segments.values()) + sum(s.blocks for s, _ in self.dead.values())
+
+
+def stretch(segment: Segment, block: int, count: int) -> tuple[int, bool]:
+    """(blocks from `block` on that are alike, at most count; whether they are in memory)."""
+    memory = segment.memory
+    if memory is None:
+        return count, False
+    in_memory = memory[block] is not None
+    n = 1
+    while n < count and (memory[block + n] is not None) is in_memory:
+        n += 1
+    return n, in_memory
+
+
+def merge_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join touching (offset, length) ranges; input ascending."""
+    merged: list[tuple[int, int]] = []
+    for offset, length in ranges:
+        if merged and merged[-1][0] + merged[-1][1] == offset:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        else:
+            merged.append((offset, length))
+    return merged

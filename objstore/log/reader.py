@@ -1,0 +1,151 @@
+"""Reading blocks of a log: from memory while they are not durable, else from a zone, always verified.
+
+What a read returns is checked against the CRC that the client's write was given: exactly the bytes that are handed out,
+after a full-length read. A copy that fails is passed over for another zone's; a block that no zone has whole is
+reported as damaged, never replaced by zeros or older data.
+"""
+
+import logging
+from array import array
+from collections.abc import Sequence
+
+from crc32c import crc32c
+
+from objstore.backend.base import Backend, Handle
+from objstore.errors import Corrupt, StoreError
+from objstore.log.env import Env
+from objstore.log.segment import Segment
+from objstore.log.tail import look_at
+from objstore.replica.zone import run
+from objstore.units import BLOCK_BYTES, BLOCK_SHIFT
+
+log = logging.getLogger(__name__)
+
+
+def read_run_now(segment: Segment, block: int, count: int, into: memoryview) -> bool:
+    """Fill `into` with `count` blocks of one segment if no waiting is needed and every CRC is right."""
+    memory = segment.memory
+    crcs = segment.crcs
+    reader = segment.reader
+    if memory is None:
+        if reader is None or crcs is None or reader.read_nowait(block << BLOCK_SHIFT, (into,)) != len(into):
+            return False
+        if count == 1:
+            return bool(crc32c(into) == crcs[block])
+        return verified(into, crcs, block, count)
+    done = 0
+    while done < count:
+        record = memory[block + done]
+        at = done << BLOCK_SHIFT
+        if record is not None:
+            skip = block + done - record.start
+            n = min(count - done, record.blocks - skip)
+            into[at : at + (n << BLOCK_SHIFT)] = record.view[skip << BLOCK_SHIFT : (skip + n) << BLOCK_SHIFT]
+        else:
+            n = 1
+            while done + n < count and memory[block + done + n] is None:
+                n += 1
+            part = into[at : at + (n << BLOCK_SHIFT)]
+            if reader is None or crcs is None:
+                return False
+            if reader.read_nowait((block + done) << BLOCK_SHIFT, (part,)) != len(part):
+                return False
+            if not verified(part, crcs, block + done, n):
+                return False
+        done += n
+    return True
+
+
+def verified(data: memoryview, crcs: "array[int]", block: int, count: int) -> bool:
+    """Whether every block of `data` has its CRC."""
+    at = 0
+    for i in range(block, block + count):
+        if crc32c(data[at : at + BLOCK_BYTES]) != crcs[i]:
+            return False
+        at += BLOCK_BYTES
+    return True
+
+
+async def read_run(env: Env, segment: Segment, block: int, count: int) -> tuple[memoryview, list[int]]:
+    """`count` blocks of a segment from its zones: (the data, indices of the blocks that no zone has whole).
+
+    The buffer is this call's own: a thread that still fills it after a cancelled await harms nobody.
+    """
+    segment.pins += 1
+    try:
+        crcs = segment.crcs if segment.crcs is not None else await load_crcs(env, segment)
+        data = memoryview(bytearray(count << BLOCK_SHIFT))
+        bad = list(range(count))
+        first = segment.number % len(segment.zones)
+        for z in segment.zones[first:] + segment.zones[:first]:
+            try:
+                handle = await reader_for(env, segment, z)
+                copy = memoryview(bytearray(len(data))) if len(bad) < count else data
+                got = await run(env.executor, z, handle.read, block << BLOCK_SHIFT, [copy])
+            except StoreError as error:
+                log.warning("read failed segment=%s zone=%r: %s", segment.name, env.zones[z], error)
+                continue
+            left = []
+            for i in bad:
+                at = i << BLOCK_SHIFT
+                if at + BLOCK_BYTES <= got and crc32c(copy[at : at + BLOCK_BYTES]) == crcs[block + i]:
+                    if copy is not data:
+                        data[at : at + BLOCK_BYTES] = copy[at : at + BLOCK_BYTES]
+                else:
+                    left.append(i)
+            bad = left
+            if not bad:
+                break
+            env.bad_copies += len(bad)
+            log.warning("checksum wrong segment=%s zone=%r blocks=%d", segment.name, env.zones[z], len(bad))
+        return data, bad
+    finally:
+        segment.pins -= 1
+
+
+async def reader_for(env: Env, segment: Segment, zone: int) -> Handle:
+    """An open handle of the segment in that zone."""
+    handle = segment.handles.get(zone)
+    if handle is not None:
+        return handle
+    opened = await run(env.executor, zone, env.zones[zone].backend.open, segment.name)
+    present = segment.handles.get(zone)
+    if present is not None:
+        opened.close()
+        return present
+    segment.handles[zone] = opened
+    if segment.reader is None:
+        env.keep_reader(segment, opened)
+    return opened
+
+
+def _read_crcs(backend: Backend, store_id: bytes, number_log: int, number: int) -> "array[int] | None":
+    directory = look_at(backend, store_id, number_log, number).directory
+    return None if directory is None else directory.crcs
+
+
+async def load_crcs(env: Env, segment: Segment) -> "array[int]":
+    """The CRCs of a sealed segment from the first zone whose directory is whole. Corrupt: none is."""
+    for z in segment.zones:
+        try:
+            backend = env.zones[z].backend
+            crcs = await run(env.executor, z, _read_crcs, backend, env.store_id, segment.log, segment.number)
+        except StoreError as error:
+            log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, env.zones[z], error)
+            continue
+        if crcs is not None:
+            if segment.crcs is None:
+                segment.crcs = crcs
+                env.crc_cache.append(segment)
+                env.trim_crc_cache()
+            return crcs
+        env.bad_copies += 1
+    raise Corrupt(f"no zone has the directory of a segment segment={segment.name}")
+
+
+def zero_fill(into: memoryview, pieces: Sequence[tuple[int, int]]) -> None:
+    """Zero (first block, blocks) pieces of a buffer of whole blocks."""
+    for first, count in pieces:
+        into[first << BLOCK_SHIFT : (first + count) << BLOCK_SHIFT] = bytes(count << BLOCK_SHIFT)
+
+

@@ -1,0 +1,107 @@
+"""A segment of a log as the running store sees it: its place, its live blocks, its handles, what is still in memory."""
+
+from array import array
+from typing import Final
+
+from objstore.backend.base import Handle
+from objstore.units import BLOCK_BYTES
+
+NAME_DIGITS: Final = 7
+
+
+def log_folder(log: int) -> str:
+    """Folder of a log's segments in a zone."""
+    return f"log/{log:06x}/"
+
+
+def segment_name(log: int, number: int) -> str:
+    """Object name of a segment in a zone."""
+    return f"log/{log:06x}/{number:0{NAME_DIGITS}x}"
+
+
+def segment_number(name: str) -> int | None:
+    """The number in an object name of a segment, None if it is none."""
+    digits = name.rpartition("/")[2]
+    try:
+        return int(digits, 16) if len(digits) == NAME_DIGITS else None
+    except ValueError:
+        return None
+
+
+class Record:
+    """One record between its first request and the moment when all its zones have it durably.
+
+    Holds: `view` keeps every byte until then (an error leaves it here); bytes once appended never change.
+    """
+
+    __slots__ = ("blocks", "buffer", "last_position", "segment", "start", "view", "waiting")
+
+    def __init__(self, segment: "Segment", start: int, buffer: "memoryview") -> None:
+        self.segment = segment
+        self.start = start
+        self.blocks = 1
+        self.view = buffer
+        self.buffer: memoryview | None = buffer
+        self.last_position = 0
+        self.waiting = 0
+
+
+class Segment:
+    """One segment. Touched by the event loop only.
+
+    live: blocks that the map of its log points at (a hint: see collect.py).
+    memory: for a segment with undurable records, per block the Record that has it in memory; else None.
+    crcs: CRC of each block, None while its directory has not been read.
+    handles: zone index -> open handle. `reader`: the handle that reads go to, None until one is open.
+    pins: reads and copies under way outside the loop; the file may not be freed meanwhile.
+    """
+
+    __slots__ = (
+        "blocks",
+        "crcs",
+        "generation",
+        "handles",
+        "key",
+        "live",
+        "log",
+        "memory",
+        "number",
+        "pins",
+        "reader",
+        "seal_crc",
+        "sealed",
+        "zones",
+    )
+
+    def __init__(self, log: int, number: int, generation: int, zones: tuple[int, ...], blocks: int) -> None:
+        self.log = log
+        self.number = number
+        self.key = log << 28 | number
+        self.generation = generation
+        self.zones = zones
+        self.blocks = blocks
+        self.live = 0
+        self.pins = 0
+        self.sealed = False
+        self.seal_crc = 0
+        self.crcs: array[int] | None = None
+        self.memory: list[Record | None] | None = None
+        self.handles: dict[int, Handle] = {}
+        self.reader: Handle | None = None
+
+    @property
+    def name(self) -> str:
+        """Object name in a zone."""
+        return segment_name(self.log, self.number)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of one copy."""
+        return self.blocks * BLOCK_BYTES
+
+    def close_handles(self) -> None:
+        """Close every handle of the segment."""
+        self.reader = None
+        for handle in self.handles.values():
+            handle.close()
+        self.handles.clear()

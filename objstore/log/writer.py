@@ -1,0 +1,732 @@
+"""The writing end of one log: records gathered, handed to the zones, made durable, segments sealed and prepared.
+
+Rules kept here (DESIGN.md tells the schedules that break them):
+- a position is given to a complete request only, in the loop turn that puts it into the record;
+- appended bytes never change and stay in memory until they are durable on every zone of their segment;
+- a flush waits for the position captured when it was asked for; what a sync covers is captured before the sync is
+  issued; syncs of one zone never count for another;
+- a failed write or sync is final: nothing is tried again on the same pages;
+- a seal is written on a zone only after the sync of the segment's body succeeded there;
+- a request is acknowledged only into a segment whose space is set aside on all its zones.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from crc32c import crc32c
+
+from objstore.backend.base import Backend, Handle, ZoneFailed
+from objstore.errors import NoSpace, StoreError, Unavailable
+from objstore.format.record import (
+    CRC_BYTES,
+    OP_BYTES,
+    RECORD_DATA_BLOCKS_MAX,
+    SOURCE_BYTES,
+    TABLE_BYTES_MAX,
+    encode_header,
+    word,
+)
+from objstore.format.segment import (
+    BLOCKS_MAX,
+    DIRECTORY_RESERVE_PAGES,
+    Directory,
+    DirectoryBuilder,
+    SegmentHeader,
+    encode_segment_header,
+)
+from objstore.log.env import Env
+from objstore.log.segment import Record, Segment
+from objstore.replica.zone import run
+from objstore.units import BLOCK_BYTES, BLOCK_SHIFT
+
+log = logging.getLogger(__name__)
+
+DIRECTORY_MARGIN_PAGES: Final = 3
+"""What one record can add to the directory: at most 330 operations of 16 bytes, 256 CRCs, 165 sources."""
+JOB_BYTES_MAX: Final = 16 << 20
+COPY_OUT_BLOCKS_MAX: Final = 17
+"""Records up to 64 KiB of data are copied out of their 1 MiB buffer when they are cut: a write + flush at a time would
+otherwise hold a whole buffer each."""
+SPLIT_BLOCKS_MIN: Final = 64
+"""A request that doesn't fit the rest of a segment is split only if at least this much of it goes there."""
+
+
+def segment_blocks(segment_bytes: int) -> int:
+    """Blocks of a segment file for that much data: its header page, record headers and directory included."""
+    data = segment_bytes // BLOCK_BYTES
+    return min(BLOCKS_MAX, data + max(16, min(DIRECTORY_RESERVE_PAGES, data // 16)))
+
+
+class Seal:
+    """The directory of a finished segment on its way to the zones."""
+
+    __slots__ = ("data", "offset_bytes", "segment", "truncate_bytes", "waiting")
+
+    def __init__(self, segment: Segment, data: bytes, offset_bytes: int, truncate_bytes: int) -> None:
+        self.segment = segment
+        self.data = data
+        self.offset_bytes = offset_bytes
+        self.truncate_bytes = truncate_bytes
+        self.waiting = len(segment.zones)
+
+
+def run_steps(steps: Sequence[tuple[Any, ...]]) -> None:
+    """In a zone's thread: the calls of one job, in order; the first error ends it."""
+    for step in steps:
+        step[0](*step[1:])
+
+
+def prepare_segment(backend: Backend, name: str, size_bytes: int, reserve_bytes: int, header: bytes) -> Handle:
+    """In a zone's thread: set aside one segment and make its name and header durable."""
+    handle = backend.create(name, size_bytes, reserve_bytes=reserve_bytes)
+    try:
+        handle.write(0, [memoryview(header)])
+        handle.sync()
+    except StoreError:
+        handle.close()
+        raise
+    return handle
+
+
+class Lane:
+    """One log's way to one zone: at most one job under way; what has gathered meanwhile is the next job.
+
+    queue: records and seals not yet handed over. unsynced: handed over and written, not covered by a sync.
+    """
+
+    def __init__(self, writer: "LogWriter", zone: int) -> None:
+        self.writer = writer
+        self.zone = zone
+        self.queue: deque[Record | Seal] = deque()
+        self.unsynced: list[Record | Seal] = []
+        self.busy = False
+
+    def _owes_sync(self) -> bool:
+        writer = self.writer
+        sync_position = writer.sync_position
+        for item in itertools.chain(self.unsynced, self.queue):
+            if isinstance(item, Record):
+                if item.last_position <= sync_position:
+                    return True
+            elif item.segment.number <= writer.seal_target:
+                return True
+        return False
+
+    def kick(self) -> None:
+        """Start a job if there is something to do and none is under way."""
+        if self.busy or self.writer.error is not None:
+            return
+        sync = self._owes_sync()
+        if not self.queue and not sync:
+            return
+        steps: list[tuple[Any, ...]] = []
+        dirty = {item.segment: None for item in self.unsynced}
+        was_clean = not dirty
+        written: list[Record | Seal] = []
+        synced: list[Record | Seal] = []
+        views: list[memoryview] = []
+        last: Segment | None = None
+        end = size = 0
+        queue = self.queue
+        while queue and size < JOB_BYTES_MAX:
+            item = queue.popleft()
+            segment = item.segment
+            handle = segment.handles[self.zone]
+            if isinstance(item, Record):
+                if segment is last and item.start == end:
+                    views.append(item.view)
+                else:
+                    views = [item.view]
+                    steps.append((handle.write, item.start << BLOCK_SHIFT, views))
+                last = segment
+                end = item.start + item.blocks
+                size += item.blocks << BLOCK_SHIFT
+            else:
+                if segment in dirty:
+                    steps.append((handle.sync,))
+                    synced += [i for i in itertools.chain(self.unsynced, written) if i.segment is segment]
+                steps.append((handle.write, item.offset_bytes, [memoryview(item.data)]))
+                if item.truncate_bytes:
+                    steps.append((handle.truncate, item.truncate_bytes))
+                last = None
+                size += len(item.data)
+            dirty[segment] = None
+            written.append(item)
+        if sync:
+            if was_clean and len(steps) == 1 and last is not None:
+                # Nothing older is unsynced, in this file or another: making just these bytes durable is enough.
+                steps = [(last.handles[self.zone].write_durable, *steps[0][1:])]
+            else:
+                steps += [(segment.handles[self.zone].sync,) for segment in dirty]
+            synced = self.unsynced + written
+        self.busy = True
+        env = self.writer.env
+        env.executor.submit(self.zone, run_steps, (steps,), lambda _, error: self._finished(written, synced, error))
+
+    def _finished(self, written: list[Record | Seal], synced: list[Record | Seal], error: BaseException | None) -> None:
+        self.busy = False
+        if error is not None:
+            self.unsynced += written
+            self.writer.zone_failed(self.zone, error)
+            return
+        if synced:
+            done = set(map(id, synced))
+            self.unsynced = [item for item in itertools.chain(self.unsynced, written) if id(item) not in done]
+            self.writer.synced(synced)
+        else:
+            self.unsynced += written
+        self.kick()
+
+
+class LogWriter:
+    """Appends to one log. All methods but the coroutines finish at once and are called in the event loop only.
+
+    position: of the last operation appended. durable_upto: everything up to it is durable on all zones that hold it.
+    sync_position: somebody wants everything up to it durable. error: set once a zone failed; the log then takes
+    nothing more and no flush succeeds.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        log_number: int,
+        *,
+        generation: int,
+        copies: int,
+        next_number: int,
+        position: int,
+        previous_crc: int,
+        place: Callable[[int], tuple[int, ...]],
+        segment_bytes: int,
+    ) -> None:
+        self.env = env
+        self.log = log_number
+        self.generation = generation
+        self.copies = copies
+        self.next_number = next_number
+        self.position = position
+        self.durable_upto = position
+        self.previous_crc = previous_crc
+        self.place = place
+        self.segment_blocks = segment_blocks(segment_bytes)
+        self.sync_position = 0
+        self.seal_target = -1
+        self.error: StoreError | None = None
+        self.space_error: NoSpace | None = None
+        self.segment: Segment | None = None
+        self.roll_hook: Callable[[], None] | None = None
+        """Called right after a segment was finished, when the log stands exactly at a boundary between segments."""
+        self.directory_hook: Callable[[Directory], None] | None = None
+        """Given the directory of every segment that is finished (opening a log replays what it copies)."""
+        self.durable_wall = env.clock.wall()
+        self.prepared_target = 1
+        self.unsealed: dict[int, Segment] = {}
+        """Segments of this writer whose seal is not yet durable on all zones, the open one included."""
+        self._body_end = 0
+        self._directory: DirectoryBuilder | None = None
+        self._prepared: deque[Segment] = deque()
+        self._preparing: asyncio.Task[None] | None = None
+        self._room_waiters: deque[asyncio.Future[None]] = deque()
+        self._lanes: dict[int, Lane] = {}
+        self._undurable: deque[Record] = deque()
+        self._flush_waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._seal_waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._record: Record | None = None
+        self._first_position = 0
+        self._limit = 0
+        self._data = 0
+        self._table_bytes = 0
+        self._words: list[int] = []
+        self._counts: list[int] = []
+        self._starts: list[int] = []
+        self._crcs: list[int] = []
+        self._sources: list[int] = []
+        self._age_timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    # -- space --------------------------------------------------------------------------------------------------
+
+    def room(self, blocks: int, *, whole: bool = False) -> int:
+        """How many of `blocks` data blocks one `append` may take now without waiting; 0 = none, wait for `make_room`.
+
+        For an operation without data ask for 0 blocks: 1 = there is room. whole: all of them or none.
+        """
+        if self.error is not None:
+            raise self.error
+        table = OP_BYTES + CRC_BYTES * blocks
+        if self._record is not None and self._table_bytes + table <= TABLE_BYTES_MAX:
+            left = self._limit - self._data
+            if left >= blocks:
+                return blocks or 1
+        left = self._segment_room()
+        if left >= blocks and left > 0:
+            return min(blocks, RECORD_DATA_BLOCKS_MAX) or 1
+        if left >= SPLIT_BLOCKS_MIN and not whole:
+            return min(left, RECORD_DATA_BLOCKS_MAX)
+        if self._prepared:
+            return min(blocks, RECORD_DATA_BLOCKS_MAX, self._fresh_room()) or 1
+        return 0
+
+    def _fresh_room(self) -> int:
+        """Data blocks that the first record of a new segment takes."""
+        return min(RECORD_DATA_BLOCKS_MAX, self.segment_blocks - 2 - 1 - DIRECTORY_MARGIN_PAGES)
+
+    def _segment_room(self) -> int:
+        """Data blocks that one more record could take in the open segment, the record being gathered cut first."""
+        if self.segment is None or self._directory is None:
+            return 0
+        end = self._body_end
+        margin = DIRECTORY_MARGIN_PAGES
+        if self._record is not None:
+            end += 1 + self._data
+            margin *= 2
+        pages = -(-self._directory.length_bytes // BLOCK_BYTES)
+        return max(0, self.segment_blocks - end - 1 - pages - margin)
+
+    async def make_room(self, reserve_bytes: int) -> None:
+        """Wait until a prepared segment is there. NoSpace: the zones are full; Unavailable: the log failed.
+
+        reserve_bytes: what must stay free in every zone behind it.
+        """
+        while not self._prepared:
+            if self.error is not None:
+                raise self.error
+            self._prepare(reserve_bytes)
+            waiter: asyncio.Future[None] = self.env.loop.create_future()
+            self._room_waiters.append(waiter)
+            await waiter
+            if self.space_error is not None and not self._prepared:
+                raise self.space_error
+
+    def _prepare(self, reserve_bytes: int) -> None:
+        if self._preparing is None and not self._closed and self.error is None:
+            self.space_error = None
+            self._preparing = self.env.loop.create_task(self._prepare_ahead(reserve_bytes))
+
+    async def _prepare_ahead(self, reserve_bytes: int) -> None:
+        try:
+            while len(self._prepared) < self.prepared_target and self.error is None and not self._closed:
+                await self._prepare_one(reserve_bytes)
+                self._wake_room()
+        except NoSpace as error:
+            self.space_error = error
+        except StoreError as error:
+            self.fail(error)
+        finally:
+            self._preparing = None
+            self._wake_room()
+
+    async def _prepare_one(self, reserve_bytes: int) -> None:
+        number = self.next_number
+        self.next_number += 1
+        env = self.env
+        zones = self.place(number)
+        segment = Segment(self.log, number, self.generation, zones, self.segment_blocks)
+        header = encode_segment_header(
+            SegmentHeader(
+                self.log,
+                number,
+                self.generation,
+                env.epoch,
+                env.epoch_id,
+                self.copies,
+                self.segment_blocks,
+                int(env.clock.wall() * 1e6),
+                tuple(env.zones[z].zone_id for z in zones),
+            ),
+            env.store_id,
+        )
+        pending: asyncio.Future[None] = env.loop.create_future()
+        errors: list[tuple[int, BaseException]] = []
+        left = len(zones)
+
+        def done(zone: int, handle: Handle | None, error: BaseException | None) -> None:
+            nonlocal left
+            left -= 1
+            if handle is not None:
+                segment.handles[zone] = handle
+            elif error is not None:
+                errors.append((zone, error))
+            if not left and not pending.done():
+                pending.set_result(None)
+
+        for zone in zones:
+            env.executor.submit(
+                zone,
+                prepare_segment,
+                (env.zones[zone].backend, segment.name, segment.file_bytes, reserve_bytes, header),
+                lambda handle, error, zone=zone: done(zone, handle, error),
+            )
+        await pending
+        if not errors:
+            self._prepared.append(segment)
+            return
+        segment.close_handles()
+        for zone in zones:
+            env.executor.submit(zone, env.zones[zone].backend.delete, (segment.name,), lambda _, error: None)
+        for zone, error in errors:
+            if not isinstance(error, NoSpace):
+                self.zone_failed(zone, error)
+        if self.error is not None:
+            raise self.error
+        raise NoSpace(f"{errors[0][1]}")
+
+    def _wake_room(self) -> None:
+        while self._room_waiters:
+            waiter = self._room_waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # -- appending ----------------------------------------------------------------------------------------------
+
+    def append_block(self, lba: int, data: memoryview) -> int:
+        """One whole block written: the hot path of `append`. `room(1)` was asked in this loop turn. Returns its entry."""
+        if self._data >= self._limit or self._table_bytes > TABLE_BYTES_MAX - OP_BYTES - CRC_BYTES:
+            self._next_record(1)
+        record = self._record
+        assert record is not None
+        at = record.blocks
+        record.view[at << BLOCK_SHIFT : (at + 1) << BLOCK_SHIFT] = data
+        record.blocks = at + 1
+        block = record.start + at
+        self._data += 1
+        self._table_bytes += OP_BYTES + CRC_BYTES
+        self._words.append(lba | 1 << 48)
+        self._counts.append(1)
+        self._starts.append(block)
+        self._crcs.append(crc32c(data))
+        segment = record.segment
+        segment.memory[block] = record  # type: ignore[index]
+        self.position += 1
+        self.env.dirty_bytes += BLOCK_BYTES
+        return segment.key << BLOCK_SHIFT | block
+
+    def append(
+        self,
+        kind: int,
+        lba: int,
+        count: int,
+        data: memoryview | None = None,
+        *,
+        flags: int = 0,
+        crcs: Sequence[int] | None = None,
+        sources: Sequence[int] = (),
+    ) -> int:
+        """One operation; `room` was asked in this loop turn and gave at least the blocks of `data`.
+
+        lba, count: what it covers (kind ENTRY: byte length of the entry, blocks). data: count whole blocks or None.
+        crcs: CRCs that travel with moved data instead of being computed. Returns the entry of the first block (0
+        without data).
+        """
+        blocks = count if data is not None else 0
+        table = OP_BYTES + CRC_BYTES * blocks + SOURCE_BYTES * len(sources)
+        if self._record is None or self._data + blocks > self._limit or self._table_bytes + table > TABLE_BYTES_MAX:
+            self._next_record(blocks)
+        record = self._record
+        assert record is not None
+        assert self._data + blocks <= self._limit, "room() was asked"
+        self._table_bytes += table
+        self._words.append(word(kind, lba, flags))
+        self._counts.append(count)
+        self.position += 1
+        if data is None:
+            self._starts.append(0)
+            return 0
+        at = record.blocks
+        record.view[at << BLOCK_SHIFT : (at + blocks) << BLOCK_SHIFT] = data
+        record.blocks = at + blocks
+        block = record.start + at
+        self._data += blocks
+        self._starts.append(block)
+        if crcs is None:
+            self._crcs.extend([crc32c(data[i : i + BLOCK_BYTES]) for i in range(0, blocks << BLOCK_SHIFT, BLOCK_BYTES)])
+        else:
+            self._crcs.extend(crcs)
+        self._sources.extend(sources)
+        segment = record.segment
+        segment.memory[block : block + blocks] = [record] * blocks  # type: ignore[index]
+        self.env.dirty_bytes += blocks << BLOCK_SHIFT
+        return segment.key << BLOCK_SHIFT | block
+
+    def _next_record(self, blocks: int) -> None:
+        self.cut()
+        if self.segment is None or self._segment_room() < max(1, blocks):
+            self._roll()
+        segment = self.segment
+        assert segment is not None
+        self._limit = min(RECORD_DATA_BLOCKS_MAX, self._segment_room())
+        record = Record(segment, self._body_end, self.env.pool.get())
+        assert segment.memory is not None
+        segment.memory[record.start] = record
+        self._record = record
+        self._first_position = self.position + 1
+        self._data = 0
+        self._table_bytes = 0
+        self.env.dirty_bytes += BLOCK_BYTES
+        if self._age_timer is None:
+            self._age_timer = self.env.loop.call_later(self.env.settings.dirty_age_seconds, self._aged)
+
+    def cut(self) -> None:
+        """Close the record that is being gathered and hand it over."""
+        record = self._record
+        if record is None:
+            return
+        self._record = None
+        self._limit = self._data = 0
+        segment, directory = self.segment, self._directory
+        assert segment is not None
+        assert directory is not None
+        words, counts, crcs, sources = (
+            array("Q", self._words),
+            array("I", self._counts),
+            array("I", self._crcs),
+            array("Q", self._sources),
+        )
+        wall_us = int(self.env.clock.wall() * 1e6)
+        crc = encode_header(
+            record.view[:BLOCK_BYTES],
+            store_id=self.env.store_id,
+            log=self.log,
+            segment=segment.number,
+            generation=self.generation,
+            block=record.start,
+            position=self._first_position,
+            position_count=len(words),
+            durable_upto=self.durable_upto,
+            previous_crc=self.previous_crc,
+            wall_us=wall_us,
+            words=words,
+            counts=counts,
+            crcs=crcs,
+            sources=sources,
+        )
+        self.previous_crc = crc
+        directory.add(
+            block=record.start,
+            crc=crc,
+            position=self._first_position,
+            position_count=len(words),
+            durable_upto=self.durable_upto,
+            wall_us=wall_us,
+            words=words,
+            counts=counts,
+            starts=array("I", self._starts),
+            crcs=crcs,
+            sources=sources,
+        )
+        for gathered in (self._words, self._counts, self._starts, self._crcs, self._sources):
+            gathered.clear()
+        record.last_position = self.position
+        used = record.blocks << BLOCK_SHIFT
+        if record.blocks <= COPY_OUT_BLOCKS_MAX:
+            buffer = record.view
+            record.view = memoryview(bytes(buffer[:used]))
+            record.buffer = None
+            self.env.pool.put(buffer)
+        else:
+            record.view = record.view[:used]
+        record.waiting = len(segment.zones)
+        self._undurable.append(record)
+        self._body_end += record.blocks
+        if self.env.dirty_bytes * 2 > self.env.dirty_bytes_max:
+            self.sync_position = self.position
+        for zone in segment.zones:
+            self._lanes[zone].queue.append(record)
+        for lane in self._lanes.values():
+            lane.kick()
+
+    def _roll(self) -> None:
+        """The open segment is finished; the next prepared one takes its place."""
+        self.finish_segment()
+        segment = self._prepared.popleft()
+        segment.memory = [None] * segment.blocks
+        self._directory = DirectoryBuilder(self.log, segment.number, self.generation, self.previous_crc)
+        segment.crcs = self._directory.crcs
+        self.segment = segment
+        self._body_end = 1
+        self.unsealed[segment.number] = segment
+        self.env.segments[segment.key] = segment
+        for zone in segment.zones:
+            if zone not in self._lanes:
+                self._lanes[zone] = Lane(self, zone)
+        self.env.keep_reader(segment, segment.handles[segment.zones[segment.number % len(segment.zones)]])
+        self._prepare(self.env.reserve_bytes)
+
+    def finish_segment(self) -> None:
+        """Seal the open segment where it stands (nothing if none is open). The record in the making is cut first."""
+        self.cut()
+        segment, directory = self.segment, self._directory
+        if segment is None or directory is None or not directory.record_crcs:
+            return
+        self.segment = self._directory = None
+        data, crc = directory.encode(self.env.store_id)
+        if self.directory_hook is not None:
+            self.directory_hook(directory.finish(crc))
+        pages = len(data) // BLOCK_BYTES
+        full = segment.blocks - self._body_end - pages
+        assert full >= 0, "the directory was reserved for"
+        if full < DIRECTORY_MARGIN_PAGES * 4:
+            seal = Seal(segment, data, (segment.blocks - pages) << BLOCK_SHIFT, 0)
+        else:
+            segment.blocks = self._body_end + pages
+            seal = Seal(segment, data, self._body_end << BLOCK_SHIFT, segment.file_bytes)
+        segment.sealed = True
+        segment.seal_crc = crc
+        for zone in segment.zones:
+            lane = self._lanes[zone]
+            lane.queue.append(seal)
+            lane.kick()
+        if self.roll_hook is not None:
+            self.roll_hook()
+
+    # -- durability ---------------------------------------------------------------------------------------------
+
+    def _aged(self) -> None:
+        self._age_timer = None
+        self.request_sync()
+
+    def request_sync(self) -> None:
+        """Start making everything appended so far durable."""
+        self.cut()
+        if self.durable_upto < self.position:
+            self.sync_position = self.position
+            for lane in self._lanes.values():
+                lane.kick()
+
+    async def flush(self, position: int | None = None) -> None:
+        """Return when everything up to `position` (default: appended before this call) is durable on every zone that
+        holds it. Unavailable: a zone failed; nothing is promised then."""
+        if position is None:
+            position = self.position
+        if self.error is not None:
+            raise self.error
+        if self.durable_upto >= position:
+            return
+        if self._record is not None and self._first_position <= position:
+            self.cut()
+        waiter: asyncio.Future[None] = self.env.loop.create_future()
+        if self._flush_waiters and self._flush_waiters[-1][0] > position:
+            at = next(i for i, (p, _) in enumerate(self._flush_waiters) if p > position)
+            self._flush_waiters.insert(at, (position, waiter))
+        else:
+            self._flush_waiters.append((position, waiter))
+        if position > self.sync_position:
+            self.sync_position = position
+        for lane in self._lanes.values():
+            lane.kick()
+        await waiter
+
+    def synced(self, items: Sequence[Record | Seal]) -> None:
+        """One zone has these durably."""
+        for item in items:
+            item.waiting -= 1
+            if item.waiting:
+                continue
+            if isinstance(item, Seal):
+                self._seal_durable(item.segment)
+            else:
+                self._record_durable(item)
+        undurable = self._undurable
+        if not undurable or undurable[0].waiting:
+            return
+        while undurable and not undurable[0].waiting:
+            self.durable_upto = undurable.popleft().last_position
+        self.durable_wall = self.env.clock.wall()
+        waiters = self._flush_waiters
+        while waiters and waiters[0][0] <= self.durable_upto:
+            waiter = waiters.popleft()[1]
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _record_durable(self, record: Record) -> None:
+        segment = record.segment
+        assert segment.memory is not None
+        segment.memory[record.start : record.start + record.blocks] = [None] * record.blocks
+        if record.buffer is not None:
+            self.env.pool.put(record.buffer)
+            record.buffer = None
+        self.env.release_dirty(record.blocks << BLOCK_SHIFT)
+
+    def _seal_durable(self, segment: Segment) -> None:
+        segment.memory = None
+        self.unsealed.pop(segment.number, None)
+        if not segment.pins:
+            for zone in [z for z, handle in segment.handles.items() if handle is not segment.reader]:
+                segment.handles.pop(zone).close()
+        self.env.crc_cache.append(segment)
+        self.env.trim_crc_cache()
+        waiting = []
+        for number, waiter in self._seal_waiters:
+            if any(n < number for n in self.unsealed):
+                waiting.append((number, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+        self._seal_waiters = waiting
+
+    async def sealed_below(self, number: int) -> None:
+        """Return when every segment of this writer below `number` is sealed, its seal durable on all its zones."""
+        if self.error is not None:
+            raise self.error
+        if not any(n < number for n in self.unsealed):
+            return
+        self.seal_target = max(self.seal_target, number - 1)
+        waiter: asyncio.Future[None] = self.env.loop.create_future()
+        self._seal_waiters.append((number, waiter))
+        for lane in self._lanes.values():
+            lane.kick()
+        await waiter
+
+    @property
+    def tail_number(self) -> int:
+        """Number of the first segment that what is appended from now on can be in."""
+        if self.segment is not None:
+            return self.segment.number
+        return self._prepared[0].number if self._prepared else self.next_number
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def zone_failed(self, zone: int, error: BaseException) -> None:
+        """A call of that zone failed: final for this log (and noted for the zone)."""
+        where = self.env.zones[zone]
+        if where.error is None:
+            where.error = error
+        if not isinstance(error, StoreError):
+            log.error("unexpected error from %r", where, exc_info=error)
+        self.fail(Unavailable(f"{where!r} failed, writing stopped: {error}"))
+
+    def fail(self, error: StoreError) -> None:
+        """Take nothing more; every flush and write under way or to come raises `error`."""
+        if self.error is None:
+            self.error = error if isinstance(error, ZoneFailed | Unavailable) else Unavailable(str(error))
+            log.error("log stopped log=%d: %s", self.log, error)
+        waiters = [waiter for _, waiter in self._flush_waiters] + [waiter for _, waiter in self._seal_waiters]
+        self._flush_waiters.clear()
+        self._seal_waiters.clear()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(self.error)
+        self._wake_room()
+        self.env.wake_dirty()
+
+    async def close(self) -> None:
+        """Stop preparing; drop prepared segments that hold nothing. The caller flushed and sealed what it wants kept."""
+        self._closed = True
+        if self._age_timer is not None:
+            self._age_timer.cancel()
+            self._age_timer = None
+        if self._preparing is not None:
+            await asyncio.wait([self._preparing])
+        while self._prepared:
+            segment = self._prepared.popleft()
+            segment.close_handles()
+            for zone in segment.zones:
+                with contextlib.suppress(StoreError):  # an empty segment more is garbage that the next opening removes
+                    await run(self.env.executor, zone, self.env.zones[zone].backend.delete, segment.name)
+        for segment in list(self.unsealed.values()):
+            segment.close_handles()
