@@ -28,13 +28,12 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from nbdserver.buffers import Buffer, BufferPool
-from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, option_error
+from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, open_volume
 from nbdserver.exports import Exports
 from nbdserver.handshake import OPTIONS_MAX, Enter, Handshake, State
 from nbdserver.transmission import RECEIVE_BYTES, Transmission
 from nbdserver.wire import replies
 from nbdserver.wire.constants import ProtocolError
-from objstore.errors import StoreError
 from objstore.units import KIB, MIB
 from objstore.volume.base import REQUEST_BYTES_MAX, Volume, VolumeInfo
 
@@ -160,17 +159,25 @@ class Connection:
         orderly = False
         try:
             orderly = await self._serve()
-        except (OSError, asyncio.IncompleteReadError) as error:
+        except OSError as error:
             log.debug("connection lost peer=%s: %s", self.peer, error)
+        except asyncio.CancelledError:
+            if self._dispatch is not None:
+                self._dispatch.cancel()
+            raise
         finally:
             await self._close(orderly)
 
     def finish(self) -> None:
-        """Take no more requests; answer what was taken, then end."""
-        self._handshake.stopping = True
+        """Take no more requests; answer what was taken, then end. A client in the handshake is told with its next
+        option, if that comes soon."""
         if self._finishing or self._dead:
             return
         self._finishing = True
+        if self._dispatch is None:
+            self._handshake.stopping = True
+            self._loop.call_later(self._settings.linger_seconds, self.abort, "the server is closing")
+            return
         self._pause()
         if self._memory_wait is not None:
             self._memory_wait.cancel()
@@ -203,8 +210,8 @@ class Connection:
     async def _serve(self) -> bool:
         """The connection's life; True: it shall be closed in order."""
         try:
-            async with asyncio.timeout(self._settings.handshake_seconds):
-                info = await self._shake_hands()
+            async with asyncio.timeout(self._settings.handshake_seconds) as limit:
+                info = await self._shake_hands(limit)
         except TimeoutError:
             log.info("handshake took too long peer=%s", self.peer)
             return False
@@ -217,14 +224,19 @@ class Connection:
         await self._ended
         return not self._dead
 
-    async def _shake_hands(self) -> VolumeInfo | None:
-        """Haggle until an export is open; None: the client goes. ProtocolError."""
+    async def _shake_hands(self, limit: asyncio.Timeout) -> VolumeInfo | None:
+        """Haggle until an export is open; None: the client goes. ProtocolError.
+
+        limit: counts against the client only, so it stands still while a volume is being opened.
+        """
         handshake = self._handshake
         await self._send_handshake()
         while True:
             event = handshake.step()
             if isinstance(event, Enter):
+                limit.reschedule(None)
                 info = await self._open(event.name)
+                limit.reschedule(self._loop.time() + self._settings.handshake_seconds)
                 await self._send_handshake()
                 if info is not None:
                     return info
@@ -250,13 +262,11 @@ class Connection:
 
     async def _open(self, name: str) -> VolumeInfo | None:
         """Open the volume behind an export and tell the handshake what came of it."""
-        try:
-            volume = await self._common.exports.source.open(name)
-        except StoreError as error:
-            log.warning("export could not be opened name=%s: %s", name, error)
-            self._handshake.refused(*option_error(error))
+        opened = await open_volume(self._common.exports.source, name)
+        if isinstance(opened, tuple):
+            self._handshake.refused(*opened)
             return None
-        self.volume = volume
+        volume = self.volume = opened
         self.export = name
         info = VolumeInfo(name, volume.size_bytes, volume.read_only, volume.description)
         self._handshake.entered(info)
@@ -351,7 +361,10 @@ class Connection:
                     self._in_batch = False
                     if self._queue and not self._writing:
                         self._send()
-                    if self._dead or self._finishing:
+                    if self._dead:
+                        return False
+                    if self._finishing:
+                        self._check_end()
                         return False
                 elif transmission.disconnected:
                     self.finish()
@@ -521,7 +534,9 @@ class Connection:
 
     def _check_end(self) -> None:
         """The end is reached when everything that was taken is answered and sent."""
-        if self._dispatch is not None and not self._dispatch.in_flight and not self._queue and not self._ended.done():
+        if self._in_batch or self._queue or self._ended.done():
+            return
+        if self._dispatch is not None and not self._dispatch.in_flight:
             self._ended.set_result(None)
 
     def _lost(self, error: OSError) -> None:

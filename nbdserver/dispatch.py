@@ -21,7 +21,7 @@ from nbdserver.wire.constants import Chunk, Command, CommandFlag, ErrorValue, Op
 from nbdserver.wire.requests import decode_status_payload
 from objstore import errors
 from objstore.units import KIB
-from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Volume
+from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Volume, VolumeSource
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,15 @@ def option_error(error: Exception) -> tuple[OptionReply, str]:
             return reply, str(error)
     log.error("opening an export failed for an unexpected reason", exc_info=error)
     return OptionReply.ERR_UNKNOWN, "internal error of the server; see its log"
+
+
+async def open_volume(source: VolumeSource, name: str) -> Volume | tuple[OptionReply, str]:
+    """The volume behind an export, or what to tell the client why there is none."""
+    try:
+        return await source.open(name)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the client gets its reply
+        log.warning("export can't be opened name=%s: %s", name, error)
+        return option_error(error)
 
 
 class Outbox(Protocol):
@@ -171,6 +180,11 @@ class Dispatch:
         """Wait until no task is left; their replies are queued (or dropped with the connection)."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    def cancel(self) -> None:
+        """Give up the requests in flight; they get no reply."""
+        for task in self._tasks:
+            task.cancel()
 
     def refusal(self, command: int, flags: int, offset: int, length: int) -> tuple[ErrorValue, str] | None:
         """Why a request is refused before anything is done for it; None = it may be tried."""

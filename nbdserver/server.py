@@ -116,10 +116,9 @@ class Server:
         self._close_listeners()
         if self._watcher is not None:
             self._watcher.cancel()
-        volumes: dict[int, Volume] = {}
+        names = {connection.export for connection in self._connections}
+        volumes = [await self._hold(name) for name in names if name is not None]
         for connection in list(self._connections):
-            if connection.volume is not None:
-                volumes[id(connection.volume)] = connection.volume
             connection.finish()
         tasks = list(self._connections.values())
         if tasks:
@@ -127,11 +126,25 @@ class Server:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for volume in volumes.values():
-            try:
-                await volume.flush()
-            except StoreError as error:
-                log.error("last flush failed export=%s: %s", volume.name, error)
+        for volume in volumes:
+            if volume is not None:
+                await self._flush_and_close(volume)
+
+    async def _hold(self, name: str) -> Volume | None:
+        """Keep a volume open for its last flush."""
+        try:
+            return await self._exports.source.open(name)
+        except StoreError as error:
+            log.error("no flush at the stop export=%s: %s", name, error)
+            return None
+
+    async def _flush_and_close(self, volume: Volume) -> None:
+        try:
+            await volume.flush()
+        except StoreError as error:
+            log.error("flush at the stop failed export=%s: %s", volume.name, error)
+        finally:
+            await self._exports.source.close(volume)
 
     def clients(self) -> list[ClientInfo]:
         """Every connection, oldest first."""
@@ -143,7 +156,11 @@ class Server:
             sock = _listen_unix(listener.path)
             self._paths.append((listener.path, _identity(listener.path)))
             return [(sock, listener)]
-        found = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            found = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(errno.EADDRNOTAVAIL, f"can't listen on {listener}: {reason}") from error
         bound: list[tuple[socket.socket, Listener]] = []
         for family, kind, protocol, _, address in dict.fromkeys(found):
             sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
