@@ -72,6 +72,8 @@ TABLE_BYTES: Final = 80
 TABLE_RUN_BYTES: Final = 16
 PAGE_REF_BYTES: Final = 170
 INT_BYTES: Final = 36
+EVICTION_BYTES_MIN: Final = 2 * (REGION_OVERHEAD_BYTES + PAGE_REF_BYTES)
+"""Smaller regions stay: a PageRef in their place would save little (a table of 4 runs: nothing)."""
 
 
 @final
@@ -521,6 +523,11 @@ class BlockMap:
         self._clock.loaded(region)
         return True
 
+    def repoint(self, region: int, old: PageRef, new: PageRef) -> None:
+        """The page of an evicted region has moved (a checkpoint took it over); nothing happens unless it is `old`."""
+        if self.regions.get(region) == old:
+            self.regions[region] = new
+
     def evict(self, region: int, ref: PageRef) -> bool:
         """Replace a clean region by its page. False, nothing done, if it is dirty, owed to a frozen view, or no region.
 
@@ -534,12 +541,12 @@ class BlockMap:
         return True
 
     def eviction_candidates(self, regions_max: int) -> list[int]:
-        """Clean regions whose eviction frees memory (run tables and arrays), the least wanted first."""
+        """Clean regions whose eviction frees at least half of their memory, the least wanted first."""
         return self._clock.candidates(self.regions, self._can_go, regions_max)
 
     def _can_go(self, region: int) -> bool:
-        value = self.regions.get(region)
-        return isinstance(value, array) and region not in self.dirty and not self._is_frozen(region)
+        worthwhile = slot_bytes(self.regions.get(region)) >= EVICTION_BYTES_MIN
+        return worthwhile and region not in self.dirty and not self._is_frozen(region)
 
     def _is_frozen(self, region: int) -> bool:
         return self._frozen is not None and region in self._frozen.regions

@@ -1,7 +1,7 @@
 """Which clean regions of the block map leave memory first.
 
-A clock for which reads and writes leave no marks, since they must stay cheap: what tells that a region is in use is that
-it comes back. The hand passes a region once after it was loaded, and twice if it had been evicted shortly before.
+A clock for which reads and writes leave no marks, since they must stay cheap: what tells that a region is in use is
+that it comes back. The hand passes a region once after it was loaded, twice if it had been evicted shortly before.
 """
 
 from collections.abc import Callable, Collection

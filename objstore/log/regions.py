@@ -27,7 +27,7 @@ import itertools
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ Integers: TypeAlias = npt.NDArray[np.integer[Any]]
 TABLE_RUNS_MAX: Final = 64
 SCALAR_BLOCKS_MAX: Final = 64
 SCALAR_TALLY_MAX: Final = 128
-"""Up to here a Python loop over entries (60 ns each) beats the fixed cost of numpy calls: 4 us to find runs, 9 to count."""
+"""Up to here a Python loop over entries (60 ns each) beats numpy's fixed cost: 4 us to find runs, 9 to count."""
 
 PAGE_HEADER: Final = struct.Struct("<BBHI")
 ENTRY_BYTES: Final = 8
@@ -65,11 +65,14 @@ assert RESERVED + 1 < ENTRY_MIN, "`entry > RESERVED` must mean an address"
 _IOTA: Final = np.arange(REGION_BLOCKS, dtype=np.uint64)
 _NO_ENTRIES: Final = array("Q", bytes(REGION_BLOCKS * ENTRY_BYTES))
 
-Entries: TypeAlias = "array[int]"
+if TYPE_CHECKING:
+    Entries: TypeAlias = array[int]
+else:
+    Entries = array  # has no subscript at run time before Python 3.12
 Region: TypeAlias = "int | RunTable | Entries"
 
 
-class RunTable(array):  # type: ignore[type-arg]  # no subscript at run time before Python 3.12
+class RunTable(Entries):
     """2n numbers for n runs: first the blocks where they start, ascending from 0, then the entries of those blocks.
 
     One object for the collector of cycles to visit; three (table, starts, entries) doubled the time of a replay that
