@@ -4,11 +4,12 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdserver.cli import CONFIG_VARIABLE, Parser, build_parser
+from nbdserver.cli_arguments import CONFIG_VARIABLE, Parser, build_parser
 from objstore.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _zones(arguments: argparse.Namespace, config: "Config | None") -> list[Path]
     return [Path(os.path.abspath(zone)) for zone in zones]
 
 
-def _mark_paths(parser: argparse.ArgumentParser, kinds: dict[str, dict[str, str]]) -> None:
+def _mark_paths(parser: argparse.ArgumentParser, kinds: Mapping[str, object]) -> None:
     """Tell shtab which arguments are files and directories, by their metavar."""
     for action in parser._actions:
         if isinstance(action.metavar, str) and action.metavar in kinds:

@@ -7,7 +7,7 @@ Strict: an unknown key is an error that names the nearest valid one. Keys that h
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -17,7 +17,7 @@ import msgspec
 from nbdserver.server import ServerSettings
 from objstore.errors import InvalidRequest
 from objstore.names import check_name
-from objstore.units import check_vdi_bytes, parse_size
+from objstore.units import GIB, MIB, check_vdi_bytes, parse_size
 from objstore.volume.settings import MODES, StoreSettings, check_mode
 
 CONFIG_BYTES_MAX: Final = 1 << 20
@@ -70,6 +70,18 @@ class Config:
 
 _TABLES: Final = ("store", "server", "vdi")
 
+SERVER_BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "extended_headers": (False, True),
+    "connections_max": (1, 65_536),
+    "handshake_seconds": (0.1, 600.0),
+    "requests_in_flight_max": (1, 4096),
+    "buffer_bytes_max": (128 * MIB, 64 * GIB),
+    "stall_seconds": (1.0, 600.0),
+    "stop_seconds": (0.0, 600.0),
+    "busy_poll_seconds": (0.0, 0.01),
+}
+"""Keys of [server]: the fields of ServerSettings that an administrator may have a reason to change."""
+
 
 def load(path: Path) -> Config:
     """Read and check a configuration file. ConfigError, one line."""
@@ -84,6 +96,8 @@ def load(path: Path) -> Config:
         return parse(tomllib.loads(data.decode()), path.absolute().parent)
     except UnicodeDecodeError as error:
         raise ConfigError(f"configuration file {path}: not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise ConfigError(f"configuration file {path}: nested too deeply") from error
     except (tomllib.TOMLDecodeError, InvalidRequest) as error:
         raise ConfigError(f"configuration file {path}: {error}") from error
 
@@ -91,20 +105,33 @@ def load(path: Path) -> Config:
 def parse(document: Mapping[str, Any], directory: Path) -> Config:
     """Check a decoded document; relative paths start at `directory`. InvalidRequest names the key."""
     top_keys = {key: value for key, value in document.items() if key not in _TABLES}
-    top = _convert(top_keys, _TopLevel, "", also=_TABLES)
+    top = _convert(top_keys, _TopLevel, "", _keys(_TopLevel), _TABLES)
     vdis = {}
     for name, table in _table(document, "vdi").items():
         check_name(name)
-        vdis[name] = _convert(table, VdiConfig, f"vdi.{name}")
+        vdis[name] = _convert(table, VdiConfig, f"vdi.{name}", _keys(VdiConfig))
     return Config(
         zones=tuple(directory / zone for zone in top.zones),
         listen=tuple(top.listen),
         default=top.default,
         control=directory / top.control if top.control is not None else None,
         vdi=vdis,
-        store=_convert(_table(document, "store"), StoreSettings, "store"),
-        server=_convert(_table(document, "server"), ServerSettings, "server"),
+        store=_convert(_table(document, "store"), StoreSettings, "store", _keys(StoreSettings)),
+        server=_server_settings(_table(document, "server")),
     )
+
+
+def _server_settings(table: Mapping[str, Any]) -> ServerSettings:
+    settings = _convert(table, ServerSettings, "server", list(SERVER_BOUNDS))
+    for key, (lowest, highest) in SERVER_BOUNDS.items():
+        value = getattr(settings, key)
+        if not lowest <= value <= highest:
+            raise InvalidRequest(f"server: {key} = {value} is out of range: {lowest} to {highest} is possible")
+    return settings
+
+
+def _keys(of: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(of)]
 
 
 def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -114,16 +141,15 @@ def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return table
 
 
-def _convert(table: object, into: type[T], where: str, also: tuple[str, ...] = ()) -> T:
-    """A table as an instance of the dataclass `into`; `also`: further keys to propose for a mistyped one."""
+def _convert(table: object, into: type[T], where: str, keys: Sequence[str], tables: Sequence[str] = ()) -> T:
+    """A table as an instance of the dataclass `into`; tables: further keys to propose for a mistyped one."""
     if not isinstance(table, dict):
         raise InvalidRequest(f"{where} must be a table: [{where}]")
     prefix = f"{where}." if where else ""
-    keys = [item.name for item in dataclasses.fields(into)]  # type: ignore[arg-type]
     values = {}
     for key, value in table.items():
         if key not in keys:
-            nearest = difflib.get_close_matches(key, [*keys, *also], n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(key, [*keys, *tables], n=1, cutoff=0.0)[0]
             raise InvalidRequest(f"unknown key {prefix}{key}; the nearest valid one is {prefix}{nearest}")
         values[key] = _size(value, prefix + key) if key.endswith(("size", "_bytes", "_bytes_max")) else value
     try:

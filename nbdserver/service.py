@@ -6,6 +6,7 @@ crash costs: nothing that was flushed.
 """
 
 import asyncio
+import dataclasses
 import logging
 import os
 import resource
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 import uvloop
@@ -88,17 +89,17 @@ async def _serve_store(
     ready: Callable[[Ready], None],
     stop: asyncio.Event,
 ) -> None:
-    server = Server(store, msgspec.structs.replace(plan.server, default_export=plan.default))
-    names = [str(listener) for listener in listeners]
+    server = Server(store, dataclasses.replace(plan.server, default_export=plan.default))
 
     def server_status() -> ServerStatus:
-        return ServerStatus(pid=os.getpid(), listen=names, clients=len(server.clients()))
+        listen = [str(listener) for listener in server.listeners]
+        return ServerStatus(pid=os.getpid(), listen=listen, clients=len(server.clients()))
 
     control_server = ControlServer(store, server_status)
     try:
         await control_server.start(control)
         await server.start(listeners)
-        ready(Ready(listeners, [(vdi.name, vdi.size_bytes) for vdi in store.vdis()]))
+        ready(Ready(server.listeners, [(vdi.name, vdi.size_bytes) for vdi in store.vdis()]))
         notify("READY=1")
         await stop.wait()
         LOG.info("stopping: %d connections", len(server.clients()))
@@ -112,13 +113,12 @@ def _warn(message: str) -> None:
     print("sheepfold: warning:", message, file=sys.stderr)
 
 
-def exposed(listen: str) -> bool:
-    """Whether hosts other than this one may reach the listener."""
-    address = urlsplit(listen)
-    if address.scheme == "unix" or address.hostname == "localhost":
+def exposed(listener: Listener) -> bool:
+    """Whether other hosts may reach it."""
+    if listener.path is not None or listener.host == "localhost":
         return False
     try:
-        return not ip_address(address.hostname or "").is_loopback
+        return not ip_address(listener.host).is_loopback
     except ValueError:
         return True
 
@@ -145,14 +145,23 @@ def _places(plan: ServePlan) -> tuple[list[Listener], Path]:
     directory = runtime_directory(os.environ, os.geteuid())
     if not plan.listen or plan.control is None:
         make_runtime_directory(directory)
-    listen = plan.listen or (f"unix://{directory / NBD_SOCKET}", NBD_ADDRESS)
-    for one in listen:
-        if exposed(one):
-            _warn(
-                f"{one} can be reached from other hosts and has no TLS: whoever connects can read"
-                " and overwrite every disk, and what travels can be read on the way"
-            )
-    return [Listener.parse(one) for one in listen], plan.control or control_path(directory, plan.zones[0])
+    listen = plan.listen or (f"unix://{quote(os.fspath(directory / NBD_SOCKET))}", NBD_ADDRESS)
+    listeners = [_listener(text) for text in listen]
+    for listener in filter(exposed, listeners):
+        _warn(
+            f"{listener} can be reached from other hosts and has no TLS: whoever connects can read and overwrite every"
+            " disk, and what travels can be read on the way"
+        )
+    return listeners, plan.control or control_path(directory, plan.zones[0])
+
+
+def _listener(text: str) -> Listener:
+    try:
+        if urlsplit(text).query or urlsplit(text).fragment:
+            raise ValueError("`?` and `#` in a path are written %3F and %23")
+        return Listener.parse(text)
+    except ValueError as error:
+        raise InvalidRequest(f"listener {text}: {error}") from error
 
 
 def _all_zones(zones: Sequence[Path]) -> list[Path]:

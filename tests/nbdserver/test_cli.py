@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdserver.cli import EXIT_CODES, SHELLS, exit_code, main
+from nbdserver.cli import EXIT_CODES, exit_code, main
+from nbdserver.cli_arguments import SHELLS
 from objstore import errors
 
 
@@ -135,9 +136,8 @@ def test_help_and_usage_errors_load_nothing_heavy() -> None:
 def test_a_reader_that_went_away_is_no_traceback() -> None:
     reading_end, writing_end = os.pipe()
     os.close(reading_end)
-    done = subprocess.run(
-        [sys.executable, "-m", "nbdserver", "completion", "bash"], stdout=writing_end, stderr=subprocess.PIPE, check=False
-    )
+    command = [sys.executable, "-m", "nbdserver", "completion", "bash"]
+    done = subprocess.run(command, stdout=writing_end, stderr=subprocess.PIPE, check=False)
     os.close(writing_end)
     assert done.returncode == 1
     assert done.stderr == b""

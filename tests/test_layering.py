@@ -1,0 +1,138 @@
+"""Imports point one way: from the command line down to backends and bytes."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What everything may import: values and errors, nothing that does anything.
+BASE = {
+    "objstore.errors",
+    "objstore.units",
+    "objstore.clock",
+    "objstore.names",
+    "objstore.version",
+    "objstore.volume.base",
+    "objstore.volume.settings",
+    "objstore.volume.status",
+}
+WIRE = {"nbdserver.wire", "nbdserver.buffers"}
+MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
+CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection"}
+SERVER = {"nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
+CONTROL = {"nbdserver.control_api", "nbdserver.control", "nbdserver.control_client"}
+
+MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it may import besides itself and BASE
+    "objstore.backend": set(),
+    "objstore.format": set(),
+    "objstore.replica": {"objstore.backend", "objstore.format"},
+    "objstore.log": {"objstore.replica", "objstore.backend", "objstore.format"},
+    "objstore.volume": {"objstore.log", "objstore.replica", "objstore.backend", "objstore.format"},
+    "nbdserver.wire": set(),
+    "nbdserver.buffers": set(),
+    "nbdserver.exports": WIRE,
+    "nbdserver.handshake": WIRE | {"nbdserver.exports"},
+    "nbdserver.transmission": WIRE,
+    "nbdserver.dispatch": WIRE | MACHINES | {"nbdserver.exports"},
+    "nbdserver.connection": WIRE | MACHINES | {"nbdserver.exports", "nbdserver.dispatch"},
+    "nbdserver.server": WIRE | MACHINES | CONNECTION,
+    "nbdserver.config": {"nbdserver.server"},
+    "nbdserver.runtime": set(),
+    "nbdserver.systemd": set(),
+    "nbdserver.control_api": set(),
+    "nbdserver.control": {"nbdserver.control_api"},
+    "nbdserver.control_client": {"nbdserver.control_api"},
+    "nbdserver.service": SERVER | CONTROL | {"objstore.volume.store"},
+    "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
+    "nbdserver.cli_arguments": set(),
+    "nbdserver.cli_progress": set(),
+    "nbdserver.cli_output": CONTROL,
+    "nbdserver.cli_admin": CONTROL | {"nbdserver.cli_progress", "objstore.volume.store"},
+    "nbdserver.cli_commands": SERVER
+    | {
+        "nbdserver.service",
+        "nbdserver.cli_arguments",
+        "nbdserver.cli_admin",
+        "nbdserver.cli_output",
+        "nbdserver.cli_progress",
+    },
+    "nbdserver.__main__": {"nbdserver.cli"},
+    **{name: BASE for name in BASE},
+}
+NO_IO = ("nbdserver.wire", "nbdserver.handshake", "nbdserver.transmission", "objstore.format")
+IO = {
+    "asyncio",
+    "uvloop",
+    "socket",
+    "ssl",
+    "select",
+    "selectors",
+    "threading",
+    "time",
+    "random",
+    "os",
+    "io",
+    "subprocess",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for package in ("nbdserver", "objstore"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> Iterator[str]:
+    """Dotted names of all that the module imports, inside functions too; `from package import module` is the module."""
+    tree = ast.parse(MODULES[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else node.module
+
+
+def layer(name: str) -> str | None:
+    """The layer that a module belongs to."""
+    fitting = [prefix for prefix in MAY_IMPORT if name == prefix or name.startswith(prefix + ".")]
+    return max(fitting, key=len, default=None)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("nbdserver", "objstore")])
+def test_imports_point_downwards(name: str) -> None:
+    own = layer(name)
+    assert own is not None, f"{name} belongs to no layer: give it a place in MAY_IMPORT"
+    allowed = MAY_IMPORT[own] | BASE | {own}
+    for target in imports(name):
+        if target.split(".")[0] in ("nbdserver", "objstore"):
+            fits = any(target == prefix or target.startswith(prefix + ".") for prefix in allowed)
+            assert fits, f"{name} ({own}) imports {target}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(NO_IO)])
+def test_protocol_and_format_do_no_io(name: str) -> None:
+    used = {target.split(".")[0] for target in imports(name)} & IO
+    assert not used, f"{name} imports {used}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {name: {target for target in imports(name) if target in MODULES} for name in MODULES}
+    while graph:
+        free = [name for name, targets in graph.items() if not targets & graph.keys() - {name}]
+        assert free, f"a circle among {sorted(graph)}"
+        for name in free:
+            del graph[name]
