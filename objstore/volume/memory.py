@@ -16,9 +16,9 @@ _DATA: Final = 1
 _RESERVED: Final = 2
 """States of a block; what is not data reads as zeros."""
 
-SCAN_BLOCKS_MAX: Final = 1 << 20
+SCAN_BLOCKS_MAX: Final = 1 << 24
 """Most blocks that one call of extents looks at."""
-_RUN_BLOCKS: Final = 1 << 12
+_RUN_BLOCKS: Final = 1 << 16
 _ZEROS: Final = memoryview(bytes(MIB))
 
 
