@@ -1,15 +1,17 @@
 """A server for the tests of the specification, over each kind of volume."""
 
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
 from tests.support.nbd_client import NbdClient
-from tests.support.serving import Disk, Served, serve_peer
+from tests.support.our_server import KINDS, serve
+from tests.support.serving import MIB, Disk, Served, serve_peer
 
 PEERS = ("nbdkit", "qemu-nbd")
-DEFAULT_KINDS = ("memory",)
+DEFAULT_KINDS = tuple(KINDS)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -17,10 +19,58 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("volume_kind", metafunc.config.getoption("--volume-kind") or DEFAULT_KINDS)
 
 
+def serving(kind: str, disks: list[Disk], directory: Path) -> AbstractAsyncContextManager[Served]:
+    """A server of a kind; foreign ones have one plain disk only."""
+    if kind not in PEERS:
+        return serve(disks, directory, kind=kind)
+    if len(disks) > 1:
+        pytest.skip("this server has one disk only")
+    return serve_peer(kind, disks[0], directory)
+
+
 @pytest.fixture
 async def nbd_server(volume_kind: str, tmp_path: Path) -> AsyncIterator[Served]:
     """One writable disk of 128 MiB."""
-    async with serve_peer(volume_kind, Disk(), tmp_path) as served:
+    async with serving(volume_kind, [Disk()], tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+async def one_named_disk(volume_kind: str, tmp_path: Path) -> AsyncIterator[Served]:
+    """As nbd_server, by a server that knows its export by name and refuses others."""
+    if volume_kind in PEERS:
+        pytest.skip("this server takes any name")
+    async with serving(volume_kind, [Disk()], tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+async def two_disks(volume_kind: str, tmp_path: Path) -> AsyncIterator[Served]:
+    """As nbd_server, with a second disk."""
+    async with serving(volume_kind, [Disk(), Disk("second", 8 * MIB)], tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+async def read_only(volume_kind: str, tmp_path: Path) -> AsyncIterator[Served]:
+    """One read-only disk."""
+    async with serving(volume_kind, [Disk(read_only=True)], tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+async def small_disk(volume_kind: str, tmp_path: Path) -> AsyncIterator[Served]:
+    """One disk whose size is no multiple of anything."""
+    async with serving(volume_kind, [Disk(size_bytes=100_001)], tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+async def huge_disk(volume_kind: str, tmp_path: Path) -> AsyncIterator[Served]:
+    """One disk of 20 GiB, of which nothing is allocated."""
+    if volume_kind in PEERS:
+        pytest.skip("for extended headers, which this server does not have")
+    async with serving(volume_kind, [Disk(size_bytes=20 << 30)], tmp_path) as served:
         yield served
 
 
@@ -28,6 +78,18 @@ async def nbd_server(volume_kind: str, tmp_path: Path) -> AsyncIterator[Served]:
 async def client(nbd_server: Served) -> AsyncIterator[NbdClient]:
     """In transmission with structured replies and base:allocation."""
     async with nbd_server.attached(contexts=["base:allocation"]) as attached:
+        yield attached
+
+
+@pytest.fixture(params=["simple", "structured", "extended"])
+async def any_client(nbd_server: Served, request: pytest.FixtureRequest, volume_kind: str) -> AsyncIterator[NbdClient]:
+    """In transmission, once with each kind of reply; with base:allocation where it can be had."""
+    if request.param == "extended" and volume_kind in PEERS:
+        pytest.skip("the peer has no extended headers")
+    contexts = [] if request.param == "simple" else ["base:allocation"]
+    structured = request.param == "structured"
+    extended = request.param == "extended"
+    async with nbd_server.attached(structured=structured, extended=extended, contexts=contexts) as attached:
         yield attached
 
 

@@ -7,7 +7,7 @@ What did not run is repeated at the end of the test run.
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +29,17 @@ PACKAGES = {
     "e2fsck": "e2fsprogs",
     "debugfs": "e2fsprogs",
     "losetup": "mount",
+    "mount": "mount",
+    "umount": "mount",
+    "cp": "coreutils",
+    "sync": "coreutils",
     "fusermount3": "fuse3",
 }
 """Debian's package of each program."""
 
 PROGRAM_SECONDS_MAX = 60.0
-_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+SYSTEM_PATH = os.pathsep.join(["/usr/sbin", "/usr/bin", "/sbin", "/bin", os.environ.get("PATH", "")])
+"""The system's programs first: nbdsh must meet the Python that its module belongs to, not that of the tests."""
 
 
 @dataclass
@@ -62,11 +67,15 @@ def unavailable(reason: str) -> None:
 
 def find(program: str) -> str:
     """Path of a program; skips or fails the test without it."""
-    path = shutil.which(program, path=_PATH)
+    path = shutil.which(program, path=SYSTEM_PATH)
     if path is None:
         unavailable(f"{program} is not installed: apt-get install {PACKAGES[program]}")
     assert path is not None
     return path
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C.UTF-8", "PATH": SYSTEM_PATH}
 
 
 @dataclass
@@ -83,7 +92,6 @@ async def run(
     *arguments: str | Path,
     check: bool = True,
     stdin: str | None = None,
-    environment: Mapping[str, str] | None = None,
 ) -> Finished:
     """Run a program to its end; check: a nonzero exit code fails the test and shows what it said."""
     process = await asyncio.create_subprocess_exec(
@@ -92,7 +100,7 @@ async def run(
         stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
+        env=_environment(),
     )
     try:
         async with asyncio.timeout(PROGRAM_SECONDS_MAX):
@@ -113,7 +121,11 @@ async def run(
 async def running(program: str, *arguments: str | Path) -> AsyncIterator[asyncio.subprocess.Process]:
     """A program that stays while the block runs, and is asked to end (SIGTERM) after it."""
     process = await asyncio.create_subprocess_exec(
-        find(program), *map(str, arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        find(program),
+        *map(str, arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        env=_environment(),
     )
     try:
         yield process

@@ -24,6 +24,7 @@ from tests.support.nbd_spec import (
     OPTION_HEADER,
     OPTION_REPLY_HEADER,
     OPTION_REPLY_MAGIC,
+    REPLY_FLAG_DONE,
     REQUEST,
     REQUEST_MAGIC,
     SIMPLE_REPLY,
@@ -341,7 +342,7 @@ class NbdClient:
         return REQUEST.pack(magic, flags, command, cookie, offset_bytes, length_bytes)
 
     def expect(self, request: Request, contexts: Iterable[int] | None = None) -> Reply:
-        """Note that a reply to this request must come. contexts: the ids that a BLOCK_STATUS payload restricts it to."""
+        """Note that a reply to this request must come. contexts: the ids that a BLOCK_STATUS payload limits it to."""
         ids = frozenset(self.contexts if contexts is None else contexts)
         reply = Reply(request, ids, self.size_bytes)
         self._pending.setdefault(request.cookie, []).append(reply)
@@ -413,6 +414,25 @@ class NbdClient:
     def outstanding(self) -> int:
         """Requests without a complete reply."""
         return sum(len(replies) for replies in self._pending.values())
+
+    async def skip_replies(self, count: int) -> list[int]:
+        """Receive chunked replies up to `count` final chunks, and forget every pending request; the cookies in order.
+
+        For requests that share a cookie: which of them a chunk belongs to can't be told.
+        """
+        cookies = []
+        while len(cookies) < count:
+            if self.extended:
+                header = await self.receive(EXTENDED_REPLY.size, "an extended reply")
+                _, flags, _, cookie, _, length = EXTENDED_REPLY.unpack(header)
+            else:
+                header = await self.receive(STRUCTURED_REPLY.size, "a structured reply")
+                _, flags, _, cookie, length = STRUCTURED_REPLY.unpack(header)
+            await self.receive(length, "payload of a chunk")
+            if flags & REPLY_FLAG_DONE:
+                cookies.append(cookie)
+        self._pending.clear()
+        return cookies
 
     async def _receive_message(self) -> None:
         if self.extended:
@@ -526,3 +546,17 @@ async def attached(
         info = await client.go(name)
         assert info.accepted, f"GO refused: {info.final.name} {info.message}"
         yield client
+
+
+async def whole_map(client: NbdClient, offset_bytes: int, end_bytes: int, *, flags: int = 0) -> list[tuple[int, int]]:
+    """All extents of a range, asked for again from where each reply ended, neighbours of one status merged."""
+    merged: list[tuple[int, int]] = []
+    while offset_bytes < end_bytes:
+        for length, status in await client.status(offset_bytes, end_bytes - offset_bytes, flags=flags):
+            length = min(length, end_bytes - offset_bytes)
+            if merged and merged[-1][1] == status:
+                merged[-1] = (merged[-1][0] + length, status)
+            else:
+                merged.append((length, status))
+            offset_bytes += length
+    return merged

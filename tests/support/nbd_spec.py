@@ -213,7 +213,7 @@ class ExportInfo:
     final: Rep
     message: str
     size_bytes: int | None = None
-    flags: ExportFlag = ExportFlag(0)
+    flags: ExportFlag = field(default_factory=lambda: ExportFlag(0))
     name: str | None = None
     description: str | None = None
     block_sizes: tuple[int, int, int] | None = None
