@@ -1,0 +1,1 @@
+"""The real server under kill -9 and power cuts."""
