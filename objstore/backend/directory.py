@@ -151,21 +151,23 @@ class DirectoryBackend(Backend):
         if not self._spares.files_max:
             self.delete(name)
             return
+        folder = folder_of(name)
         with self._calls("retire", name):
             try:
                 size_bytes = self._fs.stat(name, dir_fd=self._root, follow_symlinks=False).st_size
+                self._make_durable_folder(SPARE_FOLDER)
+                with self._folder_in_use(folder):
+                    spare = self._spares.take_from(name, size_bytes)
+                    if spare is None:
+                        self._fs.unlink(name, dir_fd=self._root)
+                    else:
+                        # Before anyone may write into the file again its old name has to be gone for good: a power
+                        # cut would else show the new contents under it.
+                        self._sync_folder(folder)
+                        self._spares.put_in(spare)
             except FileNotFoundError:
                 return
-            self._make_durable_folder(SPARE_FOLDER)
-            spare = self._spares.take_from(name, size_bytes)
-            if spare is None:
-                self._fs.unlink(name, dir_fd=self._root)
-            else:
-                # Before anyone may write into the file again its old name has to be gone for good: a power cut would
-                # else show the new contents under it.
-                self._sync_folder(folder_of(name))
-                self._spares.put_in(spare)
-            self._drop_empty_folders(folder_of(name))
+            self._drop_empty_folders(folder)
 
     def free_bytes(self) -> int:
         """Space for new objects: what the file system gives this user, and the pool, which makes room on demand."""

@@ -28,14 +28,15 @@ class MemoryStorage:
     def used_bytes(self) -> int:
         return sum(len(data) for data in self.objects.values())
 
-    def place(self, name: str, data: bytearray, reserve_bytes: int = 0) -> None:
-        """NoSpace if the object does not fit. The caller holds the mutex."""
-        former = len(self.objects.get(name, b""))
+    def place(self, name: str, data: bytearray) -> None:
+        """Store the object in place of any former one, or NoSpace. The caller holds the mutex."""
+        self.check_room(name, len(data) - len(self.objects.get(name, b"")))
+        self.objects[name] = data
+
+    def check_room(self, name: str, needed_bytes: int) -> None:
         free_bytes = self.capacity_bytes - self.used_bytes()
-        needed_bytes = len(data) + reserve_bytes - former
         if needed_bytes > free_bytes:
             raise NoSpace(f"the zone is full: {free_bytes=} {needed_bytes=} name={name} zone=memory")
-        self.objects[name] = data
 
 
 class MemoryBackend(Backend):
@@ -62,7 +63,8 @@ class MemoryBackend(Backend):
     def replace_if(self, name: str, expected: bytes, data: bytes) -> None:
         check_name(name)
         with self._storage.mutex:
-            if self._storage.objects.get(name) != expected:
+            found = self._storage.objects.get(name)
+            if found is None or bytes(found) != expected:
                 raise Conflict(f"other contents than expected: name={name} zone=memory")
             self._storage.place(name, bytearray(data))
 
@@ -75,10 +77,8 @@ class MemoryBackend(Backend):
             raise InvalidRequest(f"an object needs a size: name={name} size_bytes={size_bytes}")
         with self._storage.mutex:
             self._check_absent(name)
-            if size_bytes > self.free_bytes():
-                raise NoSpace(f"the zone is full: {size_bytes=} name={name} zone=memory")
-            data = bytearray(size_bytes)
-            self._storage.place(name, data, reserve_bytes)
+            self._storage.check_room(name, size_bytes + reserve_bytes)
+            data = self._storage.objects[name] = bytearray(size_bytes)
         return MemoryHandle(name, data)
 
     def open(self, name: str) -> Handle:

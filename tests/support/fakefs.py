@@ -14,8 +14,8 @@ of its unsynced changes. Folders likewise: names as seen, names as durable, and 
   keeps their order (a rename is whole; changes that have no name or folder in common have no order). None, all, and a
   prefix come up on purpose.
 
-Not modelled: hard links of folders, permissions, times, holes (a file takes the space up to the last byte that was
-written or allocated), space for names.
+Not modelled: threads (one call at a time), hard links of folders, permissions, times, holes (a file takes the space up
+to the last byte that was written or allocated), space for names.
 """
 
 import errno
@@ -304,11 +304,11 @@ class FakeFileSystem:
             data = file.data
         size = file.size
         done = 0
+        if limit is not None:
+            size = min(size, offset + limit)
         for buffer in buffers:
             length = min(buffer.nbytes, size - offset)
-            if limit is not None:
-                length = min(length, limit - done)
-            if length <= 0:
+            if length < 0:
                 break
             piece = data[offset : offset + length]
             got = len(piece)
