@@ -124,8 +124,10 @@ class Connection:
         )
         self._transmission: Transmission | None = None
         self._dispatch: Dispatch | None = None
-        self._poll = select.poll()
-        self._poll.register(sock.fileno(), HUNG_UP)
+        self._hang_up = select.poll()
+        self._hang_up.register(sock.fileno(), HUNG_UP)
+        self._readable = select.poll()
+        self._readable.register(sock.fileno(), select.POLLIN)
         self._queue: deque[tuple[memoryview, Buffer | None, int]] = deque()
         self._unsent_bytes = 0
         self._reading = False
@@ -198,7 +200,7 @@ class Connection:
 
     def hung_up(self) -> bool:
         """The peer will send nothing more."""
-        return bool(self._poll.poll(0))
+        return bool(self._hang_up.poll(0))
 
     @property
     def disconnected(self) -> bool:
@@ -308,24 +310,17 @@ class Connection:
         transmission = self._transmission
         assert transmission is not None
         sock = self._sock
-        spin_seconds = self._settings.busy_poll_seconds if common.last_active is self else 0.0
+        spin = common.last_active is self and self._settings.busy_poll_seconds > 0
         common.last_active = self
-        deadline = 0.0
         for _ in range(ROUNDS_MAX):
             buffers = transmission.buffers()
             try:
-                while True:
-                    try:
-                        if len(buffers) == 1:
-                            length = sock.recv_into(buffers[0])
-                        else:
-                            length = sock.recvmsg_into(buffers)[0]
-                        break
-                    except BlockingIOError:
-                        now = time.monotonic()
-                        if now >= deadline:
-                            transmission.park()
-                            return
+                if len(buffers) == 1:
+                    length = sock.recv_into(buffers[0])
+                else:
+                    length = sock.recvmsg_into(buffers)[0]
+            except BlockingIOError:
+                break
             except OSError as error:
                 self._lost(error)
                 return
@@ -333,18 +328,26 @@ class Connection:
                 self.finish()
                 return
             self._received_bytes += length
-            if self.stalled_since is not None and not self._writing:
+            if not self._writing:
                 self.stalled_since = None
             transmission.received(length)
             if not self._advance():
                 return
-            if spin_seconds and not self._dispatch_busy():
-                deadline = time.monotonic() + spin_seconds
+            if not (spin and self._next_comes_soon()):
+                break
         transmission.park()
 
-    def _dispatch_busy(self) -> bool:
-        """Something of this connection waits for the loop."""
-        return self._writing or (self._dispatch is not None and self._dispatch.in_flight > 0)
+    def _next_comes_soon(self) -> bool:
+        """Poll for at most busy_poll_seconds. Not while something of this connection waits for the loop."""
+        assert self._dispatch is not None
+        if self._writing or self._dispatch.in_flight:
+            return False
+        poll = self._readable.poll
+        deadline = time.monotonic() + self._settings.busy_poll_seconds
+        while not poll(0):
+            if time.monotonic() >= deadline:
+                return False
+        return True
 
     def _advance(self) -> bool:
         """Answer what has been received. False: receive no more for now (everything is parked, reading is paused)."""
@@ -574,7 +577,7 @@ class Connection:
         finally:
             if not self._dead:
                 self._die()
-            self._poll.unregister(self._sock.fileno())
+            self._hang_up.unregister(self._sock.fileno())
             self._sock.close()
             await self._give_volume_back()
 
