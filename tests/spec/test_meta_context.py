@@ -30,7 +30,7 @@ async def test_list_matches_queries(nbd_server: Served, queries: list[str]) -> N
 
 @pytest.mark.parametrize("query", ["base:nothing", "base:ALLOCATION", "base:allocation:x", "x-mine:a", "unknown:"])
 async def test_list_ignores_what_it_does_not_know(nbd_server: Served, query: str) -> None:
-    """NBD_OPT_LIST_META_CONTEXT: unknown namespaces MUST be ignored, unknown leaves of base: too; a lone ACK is left."""
+    """NBD_OPT_LIST_META_CONTEXT: unknown namespaces MUST be ignored, unknown leaves too; a lone ACK is left."""
     async with nbd_server.connected() as client:
         await client.structured_replies()
         assert await client.list_contexts("", [query]) == []
@@ -57,7 +57,7 @@ async def test_set_selects_allocation(nbd_server: Served) -> None:
 
 @pytest.mark.parametrize("queries", [[], ["base:"], ["base:nothing"], ["unknown:thing"], ["x-mine:", "base:"]])
 async def test_set_may_select_nothing(nbd_server: Served, queries: list[str]) -> None:
-    """NBD_OPT_SET_META_CONTEXT: no query, `base:`, an unknown leaf or namespace select nothing, and that is no error."""
+    """NBD_OPT_SET_META_CONTEXT: no query, `base:`, an unknown leaf or namespace select nothing; that is no error."""
     async with nbd_server.connected() as client:
         await client.structured_replies()
         assert await client.set_contexts("", queries) == Rep.ACK

@@ -88,7 +88,7 @@ async def test_flag_of_another_command(any_client: NbdClient, command: Command, 
 
 @pytest.mark.parametrize("command", ALL_COMMANDS)
 async def test_payload_flag_needs_extended_headers(client: NbdClient, command: Command) -> None:
-    """NBD_CMD_FLAG_PAYLOAD_LEN (branch text): in compact requests the flag MUST NOT be used; only WRITE has a payload."""
+    """NBD_CMD_FLAG_PAYLOAD_LEN (branch text): MUST NOT be used in compact requests; only WRITE has a payload."""
     assert (await client.wait(await send(client, command, flags=CommandFlag.PAYLOAD_LEN))).error == Err.EINVAL
     await client.still_serves()
 

@@ -178,6 +178,15 @@ class NbdClient:
         del self._received[:count]
         return data
 
+    def something_to_receive(self) -> bool:
+        """Whether the server has sent something that was not received yet."""
+        if self._received:
+            return True
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+
     async def receive_until_close(self) -> tuple[bytes, bool]:
         """Everything up to the end of the stream, and whether it ended in a reset."""
         try:

@@ -322,6 +322,23 @@ class Reply:
     def error(self) -> Err:
         return self.errors[0].error if self.errors else Err.OK
 
+    def valid_ranges(self) -> list[tuple[int, int]]:
+        """(begin, end) within the request that the client may trust: NBD_CMD_READ, "Structured replies".
+
+        A content chunk is valid up to the first error offset in it; nothing is after an error without an offset.
+        """
+        offsets = [failure.offset_bytes for failure in self.errors]
+        if None in offsets:
+            return []
+        begin_of_request = self.request.offset_bytes
+        ranges = []
+        for begin, end in sorted(self._content):
+            inside = [where - begin_of_request for where in offsets if where is not None]
+            valid_end = min([where for where in inside if begin <= where < end], default=end)
+            if valid_end > begin:
+                ranges.append((begin, valid_end))
+        return ranges
+
     def take_simple(self, error: int, data: bytes) -> None:
         self.simple = True
         if error:

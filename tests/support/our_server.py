@@ -69,9 +69,11 @@ async def serve(
     """Our server over volumes of a kind; the first disk is the default export where there are several."""
     if len(disks) > 1:
         settings.setdefault("default_export", disks[0].name)
-    async with KINDS[kind](disks, directory) as source:
-        async with serve_source(source, disks, directory, listen=listen, **settings) as served:
-            yield served
+    async with (
+        KINDS[kind](disks, directory) as source,
+        serve_source(source, disks, directory, listen=listen, **settings) as served,
+    ):
+        yield served
 
 
 @asynccontextmanager
