@@ -9,6 +9,8 @@ from typing import Final
 
 GHOSTS_MAX: Final = 4096
 """Evicted regions that are remembered."""
+SCAN_MAX: Final = 1 << 13
+"""Regions that one call looks at (0.3 us each): a map full of dirty regions must not stop the event loop."""
 CHANCES_LOADED: Final = 1
 CHANCES_GHOST: Final = 2
 
@@ -40,15 +42,19 @@ class EvictionClock:
         self._chances.pop(region, None)
 
     def candidates(self, regions: Collection[int], may_go: Callable[[int], bool], count_max: int) -> list[int]:
-        """Up to count_max of the regions that may go, the least wanted first; fewer only if there are no more.
+        """Up to count_max of the regions that may go, the least wanted first; call again for more.
 
-        Takes one turn of the clock, 0.2 us a region, and up to two more if all that may go had chances left.
+        Looks at SCAN_MAX regions at most. Goes on to another turn of the clock only if nothing could go without using
+        up a chance, so a map within that bound yields something if anything may go.
         """
         found: dict[int, None] = {}
         passed = True
+        steps = SCAN_MAX
         while passed and not found:
             passed = False
-            for _ in range(len(regions)):
+            turn = min(len(regions), steps)
+            steps -= turn
+            for _ in range(turn):
                 if len(found) >= count_max:
                     break
                 if not self._hand:

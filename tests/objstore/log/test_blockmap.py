@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import assume, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from objstore.errors import FormatError
 from objstore.log import blockmap
-from objstore.log.address import BLOCK_BITS, ENTRY_MIN, HOLE, RESERVED, SEGMENT_BLOCKS_MAX, pack
-from objstore.log.blockmap import BLOCKS_MAX, BlockMap, NotLoaded, PageRef
+from objstore.log.address import BLOCK_BITS, ENTRY_MIN, HOLE, RESERVED, SEGMENT_BLOCKS_MAX, key_of, pack
+from objstore.log.blockmap import (
+    BLOCKS_MAX,
+    EXTENTS_WORK_MAX,
+    EXTENTS_WORK_REGION,
+    BlockMap,
+    Frozen,
+    NotLoaded,
+    PageRef,
+)
 from objstore.log.regions import RunTable, decode_region, runs_of
 from objstore.units import REGION_BLOCKS
 
@@ -39,7 +48,7 @@ def flat(runs: list[tuple[int, int]]) -> list[int]:
 
 def merged(entries: list[int]) -> int:
     """How many runs a list of entries has."""
-    following = zip(entries, entries[1:], strict=False)
+    following = itertools.pairwise(entries)
     return 1 + sum(after != (before + 1 if before > RESERVED else before) for before, after in following)
 
 
@@ -93,7 +102,8 @@ class MapMachine(RuleBasedStateMachine):
             before = len(self.map.dropped)
             self.account(self.map.count_dropped(2))
             assert len(self.map.dropped) == max(0, before - 2)
-        for ref in self.map.dropped_refs:
+        for region, ref in self.map.dropped_refs:
+            assert ref.offset == region
             self.account(live(flat(runs_of(decode_region(self.pages[ref]), 0, REGION_BLOCKS))))
         self.map.dropped_refs.clear()
 
@@ -331,14 +341,12 @@ class MapMachine(RuleBasedStateMachine):
     def extents_agree(self) -> None:
         first = 0
         while first < BLOCKS:
-            try:
-                extents = self.map.extents(first, BLOCKS - first, 3)
-            except NotLoaded as error:
-                assert error.region == first // REGION_BLOCKS
-                first = (error.region + 1) * REGION_BLOCKS
+            if isinstance(self.map.regions.get(first // REGION_BLOCKS), PageRef):
+                first = (first // REGION_BLOCKS + 1) * REGION_BLOCKS
                 continue
+            extents = self.map.extents(first, BLOCKS - first, 3)
             assert 1 <= len(extents) <= 3
-            for before, after in zip(extents, extents[1:], strict=False):
+            for before, after in itertools.pairwise(extents):
                 assert before[0] != after[0]
             for kind, blocks in extents:
                 assert {min(entry, ENTRY_MIN) for entry in self.entries[first : first + blocks]} == {kind}
@@ -348,3 +356,305 @@ class MapMachine(RuleBasedStateMachine):
 
 MapMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestMapMachine = MapMachine.TestCase
+
+
+# One thing at a time
+
+
+def scattered(blocks: BlockMap, region: int) -> None:
+    """Make a region one that needs the array form."""
+    for index in range(0, REGION_BLOCKS, 8):
+        blocks.set_one(region * REGION_BLOCKS + index, pack(2, region, 1 + index))
+
+
+def take_all(frozen: Frozen) -> dict[int, bytes]:
+    return {region: frozen.take(region) for region in sorted(frozen.pages)}
+
+
+def entries_of(page: bytes) -> list[int]:
+    return flat(runs_of(decode_region(page), 0, REGION_BLOCKS))
+
+
+class TestCheckpoint:
+    def test_clean_dirty_frozen_dirty_again_clean(self) -> None:
+        blocks = BlockMap()
+        assert not blocks.dirty
+        scattered(blocks, 3)
+        assert blocks.dirty == {3}
+        frozen = blocks.freeze()
+        assert not blocks.dirty
+        assert frozen.regions == {3}
+        blocks.set_one(3 * REGION_BLOCKS, pack(9, 9, 9))
+        assert blocks.dirty == {3}
+        assert entries_of(frozen.take(3))[0] == pack(2, 3, 1)
+        frozen.commit()
+        assert blocks.dirty == {3}
+        frozen = blocks.freeze()
+        assert entries_of(frozen.take(3))[0] == pack(9, 9, 9)
+        frozen.commit()
+        assert not blocks.dirty
+        assert blocks.lookup(3 * REGION_BLOCKS) == pack(9, 9, 9)
+
+    def test_freezing_copies_nothing_and_a_change_copies_one_region(self) -> None:
+        blocks = BlockMap()
+        for region in range(4):
+            scattered(blocks, region)
+        before = dict(blocks.regions)
+        frozen = blocks.freeze()
+        assert all(frozen.pages[region] is blocks.regions[region] is before[region] for region in range(4))
+        assert frozen.held_bytes == 0
+        blocks.set_one(5, pack(9, 9, 9))
+        assert [blocks.regions[region] is before[region] for region in range(4)] == [False, True, True, True]
+        copy = blocks.regions[0]
+        blocks.set_one(6, pack(9, 9, 10))
+        assert blocks.regions[0] is copy
+        assert frozen.held_bytes == blockmap.slot_bytes(copy)
+        frozen.take(0)
+        assert frozen.held_bytes == 0
+        frozen.take(1)
+        array_1 = blocks.regions[1]
+        blocks.set_one(REGION_BLOCKS, pack(9, 9, 11))
+        assert blocks.regions[1] is array_1, "a page that was taken is owed no more"
+
+    @pytest.mark.parametrize("change", ["set_one", "assign", "fill", "drop", "compare_and_assign", "apply_writes"])
+    def test_every_change_leaves_the_frozen_view_alone(self, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(blockmap, "FILL_TALLY_MAX", 1)
+        blocks = BlockMap()
+        for region in range(3):
+            scattered(blocks, region)
+        expected = [blocks.lookup(block) for block in range(3 * REGION_BLOCKS)]
+        frozen = blocks.freeze()
+        lbas = u64([0, REGION_BLOCKS + 8, 2 * REGION_BLOCKS + 16])
+        new = pack(9, 9, 9)
+        if change == "set_one":
+            blocks.set_one(8, new)
+        elif change == "assign":
+            blocks.assign(5, new, 2000)
+        elif change in ("fill", "drop"):
+            blocks.fill(5 if change == "fill" else 0, 3 * REGION_BLOCKS - 10, RESERVED)
+        elif change == "compare_and_assign":
+            sources = u64([expected[lba] for lba in lbas.tolist()])
+            assert blocks.compare_and_assign(lbas, sources, u64([new, new + 1, new + 2])).all()
+        else:
+            blocks.apply_writes(lbas, u64([new, new + 1, new + 2]))
+        assert blocks.dirty
+        assert [entry for page in take_all(frozen).values() for entry in entries_of(page)] == expected
+
+    def test_abort_makes_everything_dirty_again(self) -> None:
+        blocks = BlockMap()
+        for region in range(3):
+            scattered(blocks, region)
+        frozen = blocks.freeze()
+        frozen.take(1)
+        blocks.set_one(5 * REGION_BLOCKS, pack(9, 9, 9))
+        frozen.abort()
+        assert blocks.dirty == {0, 1, 2, 5}
+        assert blocks.freeze().regions == {0, 1, 2, 5}
+
+    def test_one_view_at_a_time_and_no_commit_before_all_is_taken(self) -> None:
+        blocks = BlockMap()
+        blocks.set_one(5, pack(1, 1, 1))
+        frozen = blocks.freeze()
+        with pytest.raises(RuntimeError, match="not finished"):
+            blocks.freeze()
+        with pytest.raises(RuntimeError, match="pages=1"):
+            frozen.commit()
+        frozen.take(0)
+        with pytest.raises(KeyError):
+            frozen.take(0)
+        frozen.commit()
+        assert blocks.freeze().regions == frozenset()
+
+    def test_a_discarded_region_has_no_page(self) -> None:
+        blocks = BlockMap({4: PageRef(1, 2, 3)})
+        blocks.fill(4 * REGION_BLOCKS, REGION_BLOCKS, HOLE)
+        frozen = blocks.freeze()
+        assert frozen.take(4) == b""
+        assert blocks.dropped_refs == [(4, PageRef(1, 2, 3))]
+
+    def test_a_sparse_array_is_kept_in_its_smallest_form(self) -> None:
+        blocks = BlockMap()
+        for index in range(0, 40, 2):
+            blocks.set_one(index, pack(1, 1, index + 1))
+        assert type(blocks.regions[0]) is array
+        before = blocks.memory_bytes
+        frozen = blocks.freeze()
+        frozen.take(0)
+        assert type(blocks.regions[0]) is RunTable
+        assert blocks.memory_bytes < before // 4
+        blocks.set_one(1, pack(1, 2, 1))
+        assert blocks.runs(0, 3) == [(pack(1, 1, 1), 1), (pack(1, 2, 1), 1), (pack(1, 1, 3), 1)]
+
+
+class TestLoading:
+    def test_nothing_is_changed_before_its_region_is_loaded(self) -> None:
+        blocks = BlockMap({1: PageRef(1, 0, 8)})
+        entry = pack(1, 1, 1)
+        lbas = u64([0, REGION_BLOCKS + 5])
+        for act in (
+            lambda: blocks.lookup(REGION_BLOCKS),
+            lambda: blocks.set_one(REGION_BLOCKS, entry),
+            lambda: blocks.assign(0, entry, REGION_BLOCKS + 1),
+            lambda: blocks.assign(2 * REGION_BLOCKS - 1, entry, 100),
+            lambda: blocks.fill(0, REGION_BLOCKS + 1, RESERVED),
+            lambda: blocks.truncate(REGION_BLOCKS + 1),
+            lambda: blocks.runs(0, 2 * REGION_BLOCKS),
+            lambda: blocks.apply_writes(lbas, u64([entry, entry + 1])),
+            lambda: blocks.compare_and_assign(lbas, u64([0, 0]), u64([entry, entry + 1])),
+        ):
+            with pytest.raises(NotLoaded) as caught:
+                act()
+            assert caught.value.region == 1
+            assert blocks.regions == {1: PageRef(1, 0, 8)}
+            assert not blocks.dirty
+
+    def test_a_whole_region_is_replaced_unread(self) -> None:
+        blocks = BlockMap({1: PageRef(1, 0, 8), 2: PageRef(1, 8, 8)})
+        assert blocks.missing_edges(REGION_BLOCKS, 2 * REGION_BLOCKS) == []
+        assert blocks.assign(REGION_BLOCKS, pack(1, 1, 1), REGION_BLOCKS) == {}
+        assert blocks.fill(2 * REGION_BLOCKS, REGION_BLOCKS, RESERVED) == {}
+        assert blocks.dropped_refs == [(1, PageRef(1, 0, 8)), (2, PageRef(1, 8, 8))]
+        assert blocks.dirty == {1, 2}
+
+    def test_what_must_be_loaded(self) -> None:
+        refs = {region: PageRef(1, region, 8) for region in (1, 2, 3)}
+        blocks = BlockMap(refs)
+        assert blocks.missing(0, REGION_BLOCKS) == []
+        assert blocks.missing(REGION_BLOCKS - 1, 2) == [(1, refs[1])]
+        assert blocks.missing(0, 10 * REGION_BLOCKS) == list(refs.items())
+        assert blocks.missing(REGION_BLOCKS, 0) == blocks.missing_edges(REGION_BLOCKS + 1, 0) == []
+        assert blocks.missing_edges(REGION_BLOCKS + 1, 2) == [(1, refs[1])]
+        assert blocks.missing_edges(REGION_BLOCKS + 1, 2 * REGION_BLOCKS) == [(1, refs[1]), (3, refs[3])]
+        assert blocks.missing_blocks(u64([3 * REGION_BLOCKS, 5, REGION_BLOCKS, 5])) == [(1, refs[1]), (3, refs[3])]
+
+    def test_a_late_load_changes_nothing(self) -> None:
+        old, new = PageRef(1, 0, 8), PageRef(2, 0, 8)
+        blocks = BlockMap({0: old})
+        blocks.assign(0, pack(5, 5, 5), REGION_BLOCKS)
+        assert not blocks.load(0, old, pack(1, 1, 1))
+        frozen = blocks.freeze()
+        frozen.take(0)
+        frozen.commit()
+        assert blocks.evict(0, new)
+        assert not blocks.load(0, old, pack(1, 1, 1))
+        assert blocks.load(0, new, pack(5, 5, 5))
+        assert blocks.lookup(7) == pack(5, 5, 12)
+        assert not blocks.dirty
+
+    def test_only_what_is_clean_and_large_is_proposed(self) -> None:
+        blocks = BlockMap({9: PageRef(1, 0, 8)})
+        for region in (1, 2):
+            scattered(blocks, region)
+        blocks.assign(0, pack(1, 1, 1), REGION_BLOCKS)
+        assert blocks.eviction_candidates(9) == []
+        frozen = blocks.freeze()
+        take_all(frozen)
+        assert blocks.eviction_candidates(9) == []
+        assert not blocks.evict(1, PageRef(2, 0, 0))
+        frozen.commit()
+        blocks.set_one(REGION_BLOCKS, HOLE)
+        assert blocks.eviction_candidates(9) == [2]
+        assert not blocks.evict(1, PageRef(2, 0, 0))
+        assert blocks.evict(2, PageRef(2, 0, 0))
+        assert not blocks.evict(2, PageRef(2, 0, 0))
+        assert not blocks.evict(7, PageRef(2, 0, 0))
+
+
+class TestLargeDisks:
+    def test_an_empty_disk_of_any_size_is_described_in_bounded_steps(self) -> None:
+        blocks = BlockMap()
+        extents = blocks.extents(5, BLOCKS_MAX - 5, 100)
+        assert len(extents) == 1
+        assert extents[0] == (HOLE, EXTENTS_WORK_MAX * REGION_BLOCKS - 5)
+
+    def test_scattered_regions_are_described_in_bounded_steps(self) -> None:
+        blocks = BlockMap()
+        for region in range(0, 1000, 2):
+            scattered(blocks, region)
+        found = blocks.extents(0, BLOCKS_MAX, 1 << 30)
+        covered = sum(count for _, count in found) >> 10
+        assert EXTENTS_WORK_MAX // EXTENTS_WORK_REGION <= covered < 1000
+
+    def test_a_description_ends_before_a_region_that_is_not_loaded(self) -> None:
+        blocks = BlockMap({5: PageRef(1, 0, 8)})
+        assert blocks.extents(100, BLOCKS_MAX - 100, 10) == [(HOLE, 5 * REGION_BLOCKS - 100)]
+
+    def test_runs_stop_at_their_maximum(self) -> None:
+        blocks = BlockMap()
+        scattered(blocks, 0)
+        scattered(blocks, 1)
+        assert len(blocks.runs(0, 2 * REGION_BLOCKS)) == 512
+        assert blocks.runs(0, 2 * REGION_BLOCKS, 300) == blocks.runs(0, 2 * REGION_BLOCKS)[:300]
+
+    @pytest.mark.parametrize("others", [0, 5000])
+    def test_discard_of_everything_queues_what_is_to_be_counted(self, others: int) -> None:
+        blocks = BlockMap({region: PageRef(1, region, 8) for region in range(2000, 2000 + others)})
+        for region in range(100):
+            scattered(blocks, region)
+        assert blocks.fill(0, 1000 * REGION_BLOCKS, HOLE) == {}
+        assert len(blocks.regions) == others
+        assert blocks.dirty == set(range(100))
+        counts = Counter(blocks.count_dropped(60))
+        assert sum(counts.values()) == 60 * 128
+        counts.update(blocks.count_dropped(60))
+        assert counts == {key_of(2, region): 128 for region in range(100)}
+        assert not blocks.dropped
+        assert blocks.truncate(1000 * REGION_BLOCKS) == {}
+        assert len(blocks.dropped_refs) == others
+        assert not blocks.regions
+        assert blocks.memory_bytes == 0
+
+    def test_reserving_a_large_range(self) -> None:
+        blocks = BlockMap({7: PageRef(1, 0, 8)})
+        scattered(blocks, 3)
+        assert blocks.fill(10, 1000 * REGION_BLOCKS, RESERVED) == {}
+        assert blocks.runs(0, 1001 * REGION_BLOCKS) == [
+            (HOLE, 10),
+            (RESERVED, 1000 * REGION_BLOCKS),
+            (HOLE, REGION_BLOCKS - 10),
+        ]
+        assert blocks.dropped_refs == [(7, PageRef(1, 0, 8))]
+        assert sum(blocks.count_dropped(9).values()) == 128
+
+    def test_replay_of_few_writes_to_many_regions_makes_no_arrays(self) -> None:
+        blocks = BlockMap()
+        for region in range(0, 300, 3):
+            blocks.assign(region * REGION_BLOCKS, pack(1, region, 1), REGION_BLOCKS)
+        lbas = np.random.default_rng(1).integers(0, 300 * REGION_BLOCKS, 1500).astype(np.uint64)
+        entries = np.arange(pack(2, 1, 1), pack(2, 1, 1501), dtype=np.uint64)
+        expected = dict(zip(lbas.tolist(), entries.tolist(), strict=True))
+        blocks.apply_writes(lbas, entries)
+        assert array not in set(map(type, blocks.regions.values()))
+        for block in range(300 * REGION_BLOCKS):
+            region, index = divmod(block, REGION_BLOCKS)
+            old = HOLE if region % 3 else pack(1, region, 1 + index)
+            assert blocks.lookup(block) == expected.get(block, old)
+
+
+class TestRefusals:
+    def test_a_run_beyond_its_segment(self) -> None:
+        blocks = BlockMap()
+        for entry, count in ((HOLE, 1), (RESERVED, 1), (pack(1, 1, 1) - 1, 1), (pack(1, 1, SEGMENT_BLOCKS_MAX - 1), 2)):
+            with pytest.raises(ValueError, match=f"blocks={count}"):
+                blocks.assign(0, entry, count)
+        with pytest.raises(ValueError, match="kind=2"):
+            blocks.fill(0, 1, 2)
+        assert not blocks.regions
+
+    def test_replayed_entries_that_are_no_addresses(self) -> None:
+        blocks = BlockMap()
+        for entry in (2, ENTRY_MIN - 1, pack(1, 1, 1) - 1):
+            with pytest.raises(FormatError):
+                blocks.apply_writes(u64([1]), u64([entry]))
+            with pytest.raises(FormatError):
+                blocks.compare_and_assign(u64([1]), u64([0]), u64([entry]))
+        assert not blocks.regions
+
+    def test_nothing_to_do(self) -> None:
+        blocks = BlockMap()
+        nothing = u64([])
+        blocks.apply_writes(nothing, nothing)
+        assert not len(blocks.compare_and_assign(nothing, nothing, nothing))
+        assert blocks.fill(5, 0, RESERVED) == blocks.fill(0, 0, RESERVED) == {}
+        assert blocks.fill(5, 3 * REGION_BLOCKS, HOLE) == {}
+        assert not blocks.dirty
