@@ -47,9 +47,9 @@ async def serve_source(
     listen: Sequence[str] = ("unix",),
     **settings: Any,
 ) -> AsyncIterator[OurServed]:
-    """Our server over a source of volumes. listen: "unix" and "tcp", the addresses come in the same order."""
+    """Our server over a source of volumes. listen: "unix", "tcp", "tcp6"; the addresses come in the same order."""
     server = Server(source, ServerSettings(**settings))
-    places = {"unix": f"unix://{directory / 'nbd.sock'}", "tcp": "tcp://127.0.0.1:0"}
+    places = {"unix": f"unix://{directory / 'nbd.sock'}", "tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0"}
     await server.start([Listener.parse(places[one]) for one in listen])
     try:
         yield OurServed([str(listener) for listener in server.listeners], tuple(disks), server)

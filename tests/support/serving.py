@@ -6,7 +6,7 @@ The foreign ones (nbdkit, qemu-nbd) answer the question whether the specificatio
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,15 @@ class Served:
         """Another client gets its answers."""
         async with self.attached() as other:
             await other.still_serves()
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Return when something that only the server knows has become true."""
+    async with asyncio.timeout(20):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)
 
 
 def peer_command(program: str, disk: Disk, directory: Path) -> list[str]:
