@@ -80,6 +80,8 @@ class FileHandle(Handle):
 
     def write_durable(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
         want = self._write_length(offset_bytes, buffers)
+        if self._broken is not None:
+            raise ZoneFailed(self._broken)
         try:
             if self._able.dsync and not self._resized:
                 try:

@@ -153,12 +153,13 @@ class _NameChange:
 class _Open:
     """An open file description."""
 
-    __slots__ = ("direct", "node", "path")
+    __slots__ = ("direct", "node", "path", "writable")
 
     def __init__(self, node: _Node, path: str, flags: int) -> None:
         self.node = node
         self.path = path
         self.direct = bool(flags & os.O_DIRECT)
+        self.writable = bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
 class FakeFileSystem:
@@ -333,6 +334,8 @@ class FakeFileSystem:
                 file.write(offset, piece, False)
             raise
         description = self._description(fd)
+        if not description.writable:
+            _fail(errno.EBADF, description.path)
         file = _file_of(description)
         durable = bool(flags & os.RWF_DSYNC)
         if durable and not self.takes_dsync:
@@ -363,6 +366,8 @@ class FakeFileSystem:
     def posix_fallocate(self, fd: int, offset: int, length: int, /) -> None:
         self._enter("posix_fallocate", fd, offset, length)
         description = self._description(fd)
+        if not description.writable:
+            _fail(errno.EBADF, description.path)
         file = _file_of(description)
         if not self.takes_fallocate:
             _fail(errno.EOPNOTSUPP, description.path)
@@ -383,7 +388,10 @@ class FakeFileSystem:
 
     def ftruncate(self, fd: int, length: int, /) -> None:
         self._enter("ftruncate", fd, length)
-        file = _file_of(self._description(fd))
+        description = self._description(fd)
+        if not description.writable:
+            _fail(errno.EINVAL, description.path)
+        file = _file_of(description)
         if length != file.size:
             file.resize(length)
         if _blocks(length) < file.end:
