@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from objstore.errors import Busy, Corrupt, Fenced, InvalidRequest, NoSpace, NotFound, ReadOnly, StoreError, Unavailable
+from objstore.errors import (
+    Busy,
+    Corrupt,
+    Fenced,
+    InvalidRequest,
+    NoSpace,
+    NotFound,
+    ReadOnly,
+    Stopping,
+    StoreError,
+    Unavailable,
+)
 from objstore.volume.base import Volume
 from objstore.volume.memory import MemorySource
 from tests.conftest import ExpectedWarnings
@@ -89,6 +100,13 @@ async def test_fenced_volume_ends_the_connection(volume: ScriptedVolume, failing
     """A volume that another server owns now: NBD_EIO, then the connection closes, for its handle stays dead."""
     volume.failure = Fenced("epoch 7 owns it")
     assert await call(failing, Command.WRITE) == Err.EIO
+    await failing.expect_close()
+
+
+async def test_stopping_volume_closes_without_a_reply(volume: ScriptedVolume, failing: NbdClient) -> None:
+    """A volume that is being closed: never an error reply, the connection ends and its client tries again."""
+    volume.failure = Stopping("the store is closing")
+    await failing.submit(Command.WRITE, 0, payload=b"w" * PAGE)
     await failing.expect_close()
 
 

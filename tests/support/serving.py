@@ -8,7 +8,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.clients import find
@@ -32,6 +32,7 @@ class Served:
 
     addresses: list[str]
     disks: tuple[Disk, ...]
+    knows_extended_headers: bool = field(default=True, kw_only=True)
 
     @property
     def address(self) -> str:
@@ -109,7 +110,7 @@ async def serve_peer(program: str, disk: Disk, directory: Path) -> AsyncIterator
             stderr=asyncio.subprocess.DEVNULL,
         )
     try:
-        yield Served([f"unix://{path}"], (disk,))
+        yield Served([f"unix://{path}"], (disk,), knows_extended_headers=False)
     finally:
         if process.returncode is None:
             process.terminate()
