@@ -25,7 +25,7 @@ from objstore.backend.base import Backend, Conflict, Entry, Handle, Writer
 from objstore.backend.file_handle import FileHandle, ZoneAbilities, read_all, write_all
 from objstore.backend.filesystem import OS_FILE_SYSTEM, FileSystem
 from objstore.backend.names import check_name, folder_of, is_name, prefix_of
-from objstore.backend.oserrors import FULL_ERRNOS, translating
+from objstore.backend.oserrors import FULL_ERRNOS, failed, translating
 from objstore.backend.spare import SPARE_FOLDER, SparePool
 from objstore.errors import Busy, InvalidRequest, NoSpace, NotFound
 
@@ -349,8 +349,12 @@ class DirectoryBackend(Backend):
             folder = folder_of(folder)
 
     def _sync_folder(self, folder: str) -> None:
-        with self._open_folder(folder) as fd:
-            self._fs.fsync(fd)
+        try:
+            with self._open_folder(folder) as fd:
+                self._fs.fsync(fd)
+        except OSError as error:
+            # Whatever the errno: a name has changed and may or may not last, so this is never "nothing done".
+            raise failed(error, self.path, "sync_folder", folder) from error
 
     @contextmanager
     def _open_folder(self, folder: str) -> Iterator[int]:

@@ -13,16 +13,25 @@ FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 def translated(error: OSError, zone: str, call: str, name: str) -> StoreError:
     """What the contract calls `error`, which `call` on object `name` of the zone at path `zone` met."""
-    number = error.errno or 0
-    code = errno.errorcode.get(number, str(number))
-    where = f"call={call} name={name} zone={zone} errno={code}"
+    number = error.errno
+    where = _where(error, zone, call, name)
     if number == errno.ENOENT:
         return NotFound(f"no such object: {where}")
     if number == errno.EEXIST:
         return Exists(f"the name is taken: {where}")
     if number in FULL_ERRNOS:
         return NoSpace(f"the zone is full: {where}")
-    return ZoneFailed(f"{os.strerror(number)}: {where}")
+    return failed(error, zone, call, name)
+
+
+def failed(error: OSError, zone: str, call: str, name: str) -> ZoneFailed:
+    """`error` as the end of this view of the zone, whatever its errno."""
+    return ZoneFailed(f"{os.strerror(error.errno or 0)}: {_where(error, zone, call, name)}")
+
+
+def _where(error: OSError, zone: str, call: str, name: str) -> str:
+    number = error.errno or 0
+    return f"call={call} name={name} zone={zone} errno={errno.errorcode.get(number, number)}"
 
 
 class translating:
