@@ -270,7 +270,7 @@ class Daemon:
         return b""
 
     def do_rename(self, request: Request) -> bytes:
-        return self.rename(request, *wire.RENAME_IN.unpack_from(request.body), 0, wire.RENAME_IN.size)
+        return self.rename(request, wire.RENAME_IN.unpack_from(request.body)[0], 0, wire.RENAME_IN.size)
 
     def do_rename2(self, request: Request) -> bytes:
         target, flags, _ = wire.RENAME2_IN.unpack_from(request.body)
@@ -323,6 +323,7 @@ class Daemon:
     def do_write(self, request: Request) -> bytes:
         number, offset, size, _, _, flags, _ = wire.WRITE_IN.unpack_from(request.body)
         data = request.body[wire.WRITE_IN.size :]
+        assert isinstance(size, int)
         assert len(data) == size
         node = self.handle_of(number).node
         self.disk.write(node, offset, data, time.time_ns(), durable=bool(flags & os.O_DSYNC))

@@ -1,0 +1,279 @@
+"""Compare our server with the NBD servers installed here: python -m tests.bench [NAME...]
+
+Every server keeps its disk on the same file system and is driven by fio's nbd engine over a Unix socket, one load at
+a time, in an order that alternates from round to round. Disks are filled first, and the fill ends with a flush: our
+VDI is in write-back mode from then on (fio itself sends a flush only where a case says so). Between two points the
+disk that was loaded is flushed and the file system synced, so that nobody pays for another's dirty pages.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from tests.bench import fio, ours, report
+from tests.bench.cases import CPU, CPU_CASES, FIO_CASES, NAMES, FioCase
+from tests.bench.report import Row, Single
+from tests.bench.servers import KINDS, REPOSITORY, Server
+
+NOTE: Final = (
+    "filled first, the fill ended with a flush: our VDI is in write-back mode, as the page cache is for the others; "
+    "fio sends no further flush unless the case says so"
+)
+FILL: Final = next(case for case in FIO_CASES if case.name == "first-fill")
+MEMORY_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs"})
+RSS_BYTES_MAX: Final = 400 << 20
+OPEN_SECONDS_MAX: Final = 2.0
+P99_RATIO_MAX: Final = 3.0
+
+
+def size(text: str) -> int:
+    """A number of bytes, with K, M, G or T."""
+    shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper())
+    return int(text) if shift is None else int(text[:-1]) << shift
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    peers = [name for name in KINDS if not name.startswith("sheepfold")]
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"cases to run (default: all): {', '.join(NAMES)}")
+    parser.add_argument("--rounds", type=int, default=5, help="points per case and server (default 5)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a timed point (default 3)")
+    parser.add_argument("--size", type=size, default=1 << 30, help="size of the export (default 1G)")
+    parser.add_argument("--peers", default=",".join(peers), help="comma-separated; empty for none (default: all)")
+    parser.add_argument("--ours", default="sheepfold", choices=[name for name in KINDS if name not in peers])
+    parser.add_argument("--dir", type=Path, help="where the disks lie, a real file system (default: system temp dir)")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="results (default: bench-results)")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    parser.add_argument("--log-bytes", type=size, default=4 << 30, help="open-crash: bytes written (default 4G)")
+    parser.add_argument("--turns", type=int, default=8, help="space: how often to overwrite the disk (default 8)")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.names) - set(NAMES))
+    if unknown:
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    options.names = options.names or list(NAMES)
+    options.peers = [peer for peer in options.peers.split(",") if peer]
+    unknown = sorted(set(options.peers) - set(peers))
+    if unknown:
+        parser.error(f"no such peer: {', '.join(unknown)}; there are {', '.join(peers)}")
+    if shutil.which("fio") is None:
+        parser.error("fio is not installed: apt-get install fio")
+    options.dir = options.dir or Path(tempfile.gettempdir())
+    kind = file_system(options.dir)
+    if kind in MEMORY_FILE_SYSTEMS:
+        parser.error(f"{options.dir} is on {kind}; name a directory on a real file system with --dir")
+    return options
+
+
+def file_system(directory: Path) -> str:
+    """Type of the file system below a directory, e.g. ext4."""
+    command = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(directory)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Bench:
+    """The servers of one run, all up from `fill` to `close`."""
+
+    def __init__(self, options: argparse.Namespace, data: Path, sockets: Path) -> None:
+        self.options = options
+        self.ours: str = options.ours
+        names = [options.ours]
+        for peer in options.peers:
+            if KINDS[peer].is_installed:
+                names.append(peer)
+            else:
+                say(f"{peer}: {KINDS[peer].program} is not installed, left out")
+        self.servers = {name: self._server(name, data, sockets) for name in names}
+        self.apart = self._server(self.ours, data / "apart", sockets / "apart")
+        self.data = data
+        self.rows: list[Row] = []
+        self.singles: list[Single] = []
+
+    def _server(self, name: str, data: Path, sockets: Path) -> Server:
+        sockets.mkdir(exist_ok=True)
+        return Server(KINDS[name], data / name, sockets / name, self.options.size)
+
+    def order(self, round_number: int) -> list[Server]:
+        """All servers, another one first each time, and every second time backwards."""
+        servers = list(self.servers.values())
+        turn = round_number % len(servers)
+        servers = servers[turn:] + servers[:turn]
+        return servers[::-1] if round_number % 2 else servers
+
+    def settle(self, server: Server) -> None:
+        server.flush()
+        subprocess.run(["sync", "-f", str(self.data)], check=True)
+
+    def fill(self) -> None:
+        for server in self.servers.values():
+            say(f"fill {server.kind.name}")
+            server.wipe()
+            server.start()
+            fio.run_case(server, FILL, 0)
+            self.settle(server)
+
+    def run_fio_case(self, case: FioCase) -> None:
+        row = Row(case)
+        self.rows.append(row)
+        for round_number in range(self.options.rounds):
+            for server in self.order(round_number):
+                if case.fresh:
+                    server.stop()
+                    server.wipe()
+                    self.settle_files()
+                    server.start()
+                point = fio.run_case(server, case, self.options.seconds)
+                self.settle(server)
+                row.points.setdefault(server.kind.name, []).append(point)
+                say(f"{case.name} round {round_number + 1} {server.kind.name}: {point.value(case):.1f} {case.unit}")
+
+    def settle_files(self) -> None:
+        subprocess.run(["sync", "-f", str(self.data)], check=True)
+
+    def run_rss(self) -> None:
+        for name, server in self.servers.items():
+            now, peak = server.rss_bytes()
+            text = f"{now / 1e6:.0f} MB now, {peak / 1e6:.0f} MB at its peak"
+            met = peak <= RSS_BYTES_MAX if name == self.ours else None
+            self.singles.append(Single(f"rss {name}", text, "400 MiB", met, {"now_bytes": now, "peak_bytes": peak}))
+
+    def run_open_clean(self) -> None:
+        for name, server in self.servers.items():
+            if not server.kind.keeps_data:
+                continue
+            times = []
+            for _ in range(self.options.rounds):
+                server.stop()
+                times.append(server.start())
+            text = f"{statistics.median(times) * 1e3:.0f} ms ({min(times) * 1e3:.0f} - {max(times) * 1e3:.0f})"
+            self.singles.append(Single(f"open-clean {name}", text, "", None, {"seconds": times}))
+
+    def run_open_crash(self) -> None:
+        self.apart.size_bytes = self.options.log_bytes
+        seconds = ours.open_after_crash(self.apart, self.options.log_bytes)
+        self.apart.size_bytes = self.options.size
+        text = f"{seconds:.2f} s after {self.options.log_bytes / 2**30:g} GiB of single-block writes"
+        self.singles.append(Single("open-crash", text, "2 s", seconds < OPEN_SECONDS_MAX, {"seconds": seconds}))
+
+    def run_space(self) -> None:
+        result = ours.space(self.apart, self.options.turns)
+        worst = max(result.bytes_max.values(), default=0)
+        in_the_end = max(result.bytes_at_end.values(), default=0)
+        text = (
+            f"{worst / 2**20:.0f} MiB at most, {in_the_end / 2**20:.0f} MiB in the end for"
+            f" {result.live_bytes / 2**20:.0f} MiB ({result.requests_per_second:.0f} writes/s)"
+        )
+        limit = f"{result.limit_bytes / 2**20:.0f} MiB"
+        self.singles.append(Single("space", text, limit, worst <= result.limit_bytes, asdict(result)))
+        ratio = result.p99_seconds / result.p99_baseline_seconds
+        text = f"{result.p99_seconds * 1e6:.0f} us, {ratio:.2f} times that of the first quarter of a turn"
+        self.singles.append(Single("space-p99", text, "3 times", ratio <= P99_RATIO_MAX, {"ratio": ratio}))
+
+    def run(self, names: Sequence[str]) -> None:
+        wanted = set(names) | (set(CPU_CASES) if CPU in names else set())
+        loads = [case for case in FIO_CASES if case.name in wanted]
+        for case in loads:
+            if case.fresh:
+                for server in self.servers.values():
+                    server.wipe()
+                    server.start()
+                self.run_fio_case(case)
+                for server in self.servers.values():
+                    server.stop()
+        if any(not case.fresh for case in loads) or wanted & {"rss", "open-clean"}:
+            self.fill()
+        for case in loads:
+            if not case.fresh:
+                self.run_fio_case(case)
+        if "rss" in wanted:
+            self.run_rss()
+        if "open-clean" in wanted:
+            self.run_open_clean()
+        self.close()
+        if KINDS[self.ours].keeps_data:
+            if "open-crash" in wanted:
+                self.run_open_crash()
+            if "space" in wanted:
+                self.run_space()
+        elif wanted & {"open-crash", "space"}:
+            say(f"{self.ours} keeps nothing: open-crash and space left out")
+
+    def close(self) -> None:
+        for server in (*self.servers.values(), self.apart):
+            server.stop()
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """Where and how the numbers came about."""
+
+    def first_line(*command: str) -> str:
+        if shutil.which(command[0]) is None:
+            return "not installed"
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return (done.stdout or done.stderr).strip().partition("\n")[0]
+
+    processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": first_line("git", "rev-parse", "HEAD"),
+        "note": NOTE,
+        "machine": {
+            "processor": processor[0].partition(":")[2].strip() if processor else platform.machine(),
+            "cores": os.cpu_count(),
+            "kernel": platform.release(),
+            "file_system": file_system(options.dir),
+            "python": platform.python_version(),
+        },
+        "versions": {
+            "fio": first_line("fio", "--version"),
+            "nbdkit": first_line("nbdkit", "--version"),
+            "qemu-nbd": first_line("qemu-nbd", "--version"),
+        },
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "size_bytes": options.size,
+    }
+
+
+def main() -> None:
+    options = parse()
+    with (
+        tempfile.TemporaryDirectory(prefix="sheepfold-bench-", dir=options.dir) as data,
+        tempfile.TemporaryDirectory(prefix="sb-") as sockets,
+    ):
+        bench = Bench(options, Path(data), Path(sockets))
+        try:
+            bench.run(options.names)
+        finally:
+            bench.close()
+    facts = about(options)
+    result = report.as_json(bench.rows, bench.singles, bench.ours, facts)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    machine = facts["machine"]
+    subtitle = f"{machine['processor']}, {machine['cores']} cores, {machine['file_system']}; {NOTE}"
+    (options.out / "bench.svg").write_text(report.chart(bench.rows, list(bench.servers), bench.ours, subtitle))
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(f"medians of {options.rounds} with the spread; {NOTE}")
+        print(report.table(bench.rows, bench.singles, list(bench.servers), bench.ours))
+        say(f"written: {options.out}/bench.json, {options.out}/bench.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Run fio's nbd engine once and read its JSON."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tests.bench.cases import FioCase
+from tests.bench.servers import Server
+
+PATIENCE_SECONDS: Final = 1800
+BASE: Final = {
+    "name": "bench",
+    "ioengine": "nbd",
+    "output-format": "json",
+    "group_reporting": "1",
+    "norandommap": "1",
+    "randrepeat": "0",
+    "percentile_list": "50:99:99.9",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of fio. Latencies are from sending a request to its answer; cpu is the server's."""
+
+    requests_per_second: float
+    bytes_per_second: float
+    requests: int
+    flushes: int
+    p50_seconds: float
+    p99_seconds: float
+    cpu_seconds_per_request: float
+
+    def value(self, case: FioCase) -> float:
+        return self.bytes_per_second / 1e6 if case.in_megabytes else self.requests_per_second
+
+
+def run(server: Server, options: dict[str, str]) -> Measurement:
+    """Load a running server; raises RuntimeError with fio's words if it fails."""
+    arguments = [f"--{key}={value}" for key, value in {**BASE, "uri": server.uri, **options}.items()]
+    cpu_before = server.cpu_seconds()
+    finished = subprocess.run(
+        ["fio", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    cpu = server.cpu_seconds() - cpu_before
+    # The engine prints a line of its own before the JSON.
+    report = finished.stdout[finished.stdout.find("{\n") :]
+    if finished.returncode or not report:
+        raise RuntimeError(f"fio against {server.kind.name}: {finished.stderr or finished.stdout}")
+    job: dict[str, Any] = json.loads(report)["jobs"][0]
+    direction = job["write"] if "write" in options["rw"] else job["read"]
+    percentiles = direction["clat_ns"]["percentile"]
+    requests = direction["total_ios"]
+    return Measurement(
+        requests_per_second=requests / (direction["runtime"] / 1e3),
+        bytes_per_second=direction["io_bytes"] / (direction["runtime"] / 1e3),
+        requests=requests,
+        flushes=job["sync"]["total_ios"],
+        p50_seconds=percentiles["50.000000"] / 1e9,
+        p99_seconds=percentiles["99.000000"] / 1e9,
+        cpu_seconds_per_request=cpu / requests,
+    )
+
+
+def run_case(server: Server, case: FioCase, seconds: float) -> Measurement:
+    """One point of a case."""
+    options = {**case.options, "size": str(server.size_bytes)}
+    if not case.whole_export:
+        options |= {"time_based": "1", "runtime": f"{max(1, round(seconds * 1000))}ms"}
+    return run(server, options)
