@@ -31,6 +31,7 @@ def _tick(what: str, done: threading.Event) -> None:
         return
     from tqdm import tqdm  # 50 ms, and hardly ever needed
 
+    tqdm.monitor_interval = 0  # this thread refreshes the bar itself
     with tqdm(desc=what, bar_format="{desc} ... {elapsed}", leave=False, file=sys.stderr) as bar:
         while not done.wait(TICK_SECONDS):
             bar.refresh()
