@@ -7,6 +7,7 @@
 
 What makes a name durable: the file is complete and synced under its temporary name, moves with one rename or link, and
 then every folder from the one that holds it up to the first that was known durable is synced.
+Files are readable by their owner alone, except the lock.
 Nothing is written to the directory before the first lock, put or create, so that a foreign one can be looked at first.
 Threads: any number, as the contract says. `_folder_lock` guards which folders exist, SparePool has its own lock.
 """
@@ -154,10 +155,11 @@ class DirectoryBackend(Backend):
         folder = folder_of(name)
         with self._calls("retire", name):
             try:
-                size_bytes = self._fs.stat(name, dir_fd=self._root, follow_symlinks=False).st_size
+                status = self._fs.stat(name, dir_fd=self._root, follow_symlinks=False)
                 self._make_durable_folder(SPARE_FOLDER)
                 with self._folder_in_use(folder):
-                    spare = self._spares.take_from(name, size_bytes)
+                    # A second name is somebody else's, say a backup made of hard links: never write into that.
+                    spare = self._spares.take_from(name, status.st_size) if status.st_nlink == 1 else None
                     if spare is None:
                         self._fs.unlink(name, dir_fd=self._root)
                     else:
@@ -205,7 +207,7 @@ class DirectoryBackend(Backend):
     def lock_note(self) -> str | None:
         with self._calls("lock_note", LOCK_NAME):
             try:
-                fd = self._fs.open(LOCK_NAME, os.O_RDWR | os.O_CLOEXEC, dir_fd=self._root)
+                fd = self._fs.open(LOCK_NAME, _READ, dir_fd=self._root)
             except FileNotFoundError:
                 return None
             try:
@@ -262,7 +264,7 @@ class DirectoryBackend(Backend):
         while True:
             tmp = f"{TMP_FOLDER}/{next(self._tmp_numbers)}"
             try:
-                return tmp, self._fs.open(tmp, _NEW, 0o644, dir_fd=self._root)
+                return tmp, self._fs.open(tmp, _NEW, 0o600, dir_fd=self._root)
             except FileExistsError:
                 continue  # left over from a crash and not cleaned up, as nobody has locked the zone
 

@@ -133,24 +133,34 @@ class BackendContract:
         writer.commit()
         assert backend.get("a") == b"before"
 
-    @pytest.mark.parametrize(
-        "name",
-        ["", "/a", "a/", "a//b", ".", "..", "a/../b", "a/.", "A", "a b", "ä", "a\0", "a/b/c/d/e/f/g/h/i", "x" * 300],
-    )
-    def test_names_are_checked(self, place: Place, name: str) -> None:
+    def test_names_are_checked(self, place: Place) -> None:
         backend = place.open()
-        for call in (
-            lambda: backend.put(name, b""),
-            lambda: backend.put_stream(name),
-            lambda: backend.put_if_absent(name, b""),
-            lambda: backend.get(name),
-            lambda: backend.create(name, SIZE),
-            lambda: backend.open(name),
-            lambda: backend.delete(name),
-            lambda: backend.retire(name),
+        for name in (
+            "",
+            "/a",
+            "a/",
+            "a//b",
+            ".",
+            "..",
+            "a/../b",
+            "a/.",
+            "A",
+            "a b",
+            "ä",
+            "a\0",
+            "1/2/3/4/5/6/7/8/9",
+            "x" * 300,
         ):
+            for act in (backend.get, backend.open, backend.delete, backend.retire, backend.put_stream):
+                with pytest.raises(InvalidRequest):
+                    act(name)
+            for store in (backend.put, backend.put_if_absent):
+                with pytest.raises(InvalidRequest):
+                    store(name, b"")
             with pytest.raises(InvalidRequest):
-                call()
+                backend.create(name, SIZE)
+            with pytest.raises(InvalidRequest):
+                backend.replace_if(name, b"", b"")
 
     def test_names_have_up_to_eight_parts(self, place: Place) -> None:
         backend = place.open()
@@ -271,10 +281,11 @@ class BackendContract:
         assert backend.get("a") == b"kept"
         assert backend.used_bytes() == used_bytes
 
-    @pytest.mark.parametrize("size_bytes", [0, -1])
-    def test_create_needs_a_size(self, place: Place, size_bytes: int) -> None:
-        with pytest.raises(InvalidRequest):
-            place.open().create("a", size_bytes)
+    def test_create_needs_a_size(self, place: Place) -> None:
+        backend = place.open()
+        for size_bytes in (0, -1):
+            with pytest.raises(InvalidRequest):
+                backend.create("a", size_bytes)
 
     def test_create_keeps_the_reserve(self, place: Place) -> None:
         backend = place.open()
@@ -338,18 +349,18 @@ class BackendContract:
             assert data == b"6789...."
         handle.close()
 
-    @pytest.mark.parametrize("offset_bytes", [0, 1, 511, 4095, 4096, 12289])
-    @pytest.mark.parametrize("length_bytes", [0, 1, 4096, 9001, 40000])
-    def test_read_uncached_takes_any_alignment(self, place: Place, offset_bytes: int, length_bytes: int) -> None:
+    def test_read_uncached_takes_any_alignment(self, place: Place) -> None:
         backend = place.open()
         content = random.Random(1).randbytes(SIZE)
         handle = backend.create("a", SIZE)
         handle.write(0, views(content))
-        data = bytearray(length_bytes)
-        cut = length_bytes // 3
-        parts = [memoryview(data)[:cut], memoryview(bytearray()), memoryview(data)[cut:]]
-        assert handle.read_uncached(offset_bytes, parts) == length_bytes
-        assert data == content[offset_bytes : offset_bytes + length_bytes]
+        for offset_bytes in (0, 1, 511, 4095, 4096, 12289):
+            for length_bytes in (0, 1, 4096, 9001, 40000):
+                data = bytearray(length_bytes)
+                cut = length_bytes // 3
+                parts = [memoryview(data)[:cut], memoryview(bytearray()), memoryview(data)[cut:]]
+                assert handle.read_uncached(offset_bytes, parts) == length_bytes
+                assert data == content[offset_bytes : offset_bytes + length_bytes]
         handle.close()
 
     def test_read_nowait_is_right_or_says_nothing(self, place: Place) -> None:
@@ -412,14 +423,15 @@ class BackendContract:
         for absent in ("lo/", "log/2/", "logs/", "log/1/a/"):
             assert backend.list(absent) == []
 
-    @pytest.mark.parametrize("prefix", ["/", "//", "../", "LOG/", "/log/"])
-    def test_list_checks_its_prefix(self, place: Place, prefix: str) -> None:
-        with pytest.raises(InvalidRequest):
-            place.open().list(prefix)
+    def test_list_checks_its_prefix(self, place: Place) -> None:
+        backend = place.open()
+        for prefix in ("/", "//", "../", "LOG/", "/log/"):
+            with pytest.raises(InvalidRequest):
+                backend.list(prefix)
 
     def test_thousands_of_objects_in_a_folder(self, place: Place) -> None:
         backend = place.open()
-        expected = [f"log/1/{number:08x}" for number in range(1500)]
+        expected = [f"log/1/{number:08x}" for number in range(1000)]
         for name in reversed(expected):
             writer = backend.create(name, 4096)
             writer.close()

@@ -193,6 +193,21 @@ def test_the_hot_calls_are_those_of_os(zone: DirectoryBackend) -> None:
     handle.close()
 
 
+def test_data_is_for_its_owner(tmp_path: Path, zone: DirectoryBackend) -> None:
+    zone.lock("me")
+    zone.put("a", b"1")
+    zone.create("b", 4096).close()
+    modes = {path.name: path.stat().st_mode & 0o077 for path in tmp_path.iterdir() if path.is_file()}
+    assert modes["a"] == modes["b"] == 0
+    assert modes["lock"] & 0o044 == 0o044 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 # folders and leftovers
 
 
@@ -411,6 +426,22 @@ def test_spares_of_the_past_are_adopted(fs: FakeFileSystem) -> None:
     third.close()
     DirectoryBackend(ZONE, fs=fs).lock("fourth")
     assert spares(fs) == []
+
+
+def test_a_file_with_a_second_name_is_not_recycled(fs: FakeFileSystem) -> None:
+    """As after a backup made of hard links."""
+    backend = DirectoryBackend(ZONE, fs=fs, recycle_files_max=2)
+    backend.lock("me")
+    handle = backend.create("a", SIZE)
+    handle.write(0, views(b"backed up"))
+    handle.close()
+    fs.link(f"{ZONE}/a", f"{ZONE}/backup")
+    backend.retire("a")
+    assert spares(fs) == []
+    handle = backend.create("b", SIZE)
+    handle.write(0, views(b"something else"))
+    handle.close()
+    assert fs.content(f"{ZONE}/backup")[:9] == b"backed up"
 
 
 def test_a_refused_create_gives_its_spare_back(fs: FakeFileSystem) -> None:
