@@ -4,6 +4,8 @@ A record is what one hand-over to the zones appends. Its header carries the oper
 order, the CRC of every data block, and a CRC of its own that binds store, log, segment, place and predecessor.
 """
 
+from __future__ import annotations
+
 import struct
 from array import array
 from collections.abc import Sequence

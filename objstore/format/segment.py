@@ -1,5 +1,7 @@
 """Segments: a header page, records, and at the end of a sealed one a directory of its records. FORMAT.md, "Segment"."""
 
+from __future__ import annotations
+
 import struct
 from array import array
 from typing import Final, NamedTuple

@@ -75,28 +75,30 @@ def read_checkpoint(backend: Backend, store_id: bytes, log: int, number: int) ->
         handle.close()
 
 
-async def newest_checkpoint(env: Env, log: int, expected: int) -> tuple[Loaded | None, dict[int, list[int]]]:
-    """(the newest whole checkpoint of any zone or None if there never was one, numbers seen -> zones).
+async def newest_checkpoint(env: Env, log: int, expected: int) -> tuple[Loaded | None, dict[int, int]]:
+    """(the newest whole checkpoint of any zone or None if there never was one, numbers seen -> bytes).
 
     expected: the number that the head names; Corrupt if neither it, nor a newer one, nor the one before can be read.
     """
     seen: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
     for zone in env.zones:
         for entry in await run(env.executor, zone.index, zone.backend.list, checkpoint_folder(log)):
             digits = entry.name.rpartition("/")[2]
             seen.setdefault(int(digits, 16), []).append(zone.index)
+            sizes[int(digits, 16)] = entry.size_bytes
     for number in sorted(seen, reverse=True):
         if number < expected - 1:
             break
         for z in seen[number]:
             try:
                 backend = env.zones[z].backend
-                return await run(env.executor, z, read_checkpoint, backend, env.store_id, log, number), seen
+                return await run(env.executor, z, read_checkpoint, backend, env.store_id, log, number), sizes
             except (FormatError, NotFound):
                 continue
     if seen or expected:
         raise Corrupt(f"no checkpoint can be read log={log} expected={expected} found={sorted(seen)}")
-    return None, seen
+    return None, sizes
 
 
 def read_pages(backend: Backend, store_id: bytes, log: int, wanted: list[tuple[int, PageRef]]) -> list[bytes | None]:
@@ -111,7 +113,7 @@ def read_pages(backend: Backend, store_id: bytes, log: int, wanted: list[tuple[i
             frame = bytearray(ref.length)
             handle.read(ref.offset, [memoryview(frame)])
             try:
-                page = decode_frame(frame, store_id=store_id, log=log, number=ref.checkpoint, region=region)
+                page = decode_frame(bytes(frame), store_id=store_id, log=log, number=ref.checkpoint, region=region)
             except FormatError:
                 pages.append(None)
             else:
@@ -153,6 +155,7 @@ class CheckpointWriter:
         self._chunk = bytearray(encode_checkpoint_header(header, env.store_id))
         self._offset = len(self._chunk)
         self.refs: dict[int, PageRef] = {}
+        self.size_bytes = 0
 
     async def _each(self, call: Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]) -> None:
         """One call in every zone; all are awaited, then the first error is raised."""
@@ -208,6 +211,7 @@ class CheckpointWriter:
         self._chunk += root_bytes
         self._chunk += table_bytes
         self._chunk += encode_footer(footer, store_id=self._env.store_id, log=header.log, number=header.number)
+        self.size_bytes = self._offset + len(root_bytes) + len(table_bytes) + FOOTER_BYTES
         await self._write()
         await self._each(lambda z: (self._writers[z].commit, ()))
 

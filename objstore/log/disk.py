@@ -15,6 +15,7 @@ from typing import Final
 
 from objstore.errors import Corrupt
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX, Flag, Kind
+from objstore.format.segment import Directory
 from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED
 from objstore.log.blockmap import BlockMap, PageRef
 from objstore.log.checkpoint import load_pages
@@ -27,6 +28,7 @@ from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
 
 log = logging.getLogger(__name__)
 
+EVICT_AT_ONCE: Final = 64
 FILL_KIND: Final = {HOLE: Kind.TRIM, RESERVED: Kind.ZERO}
 
 
@@ -34,7 +36,9 @@ class Disk:
     """A log, its map, its segments. Touched by the event loop only.
 
     segments: the live table of this log, number -> Segment (the open one included). dead: segments without live
-    blocks that wait for two checkpoints, with the number of checkpoints begun and completed since they died.
+    blocks that wait to be freed, with the number of checkpoints begun and completed since they died.
+    live_total: blocks of the disk that hold data. total_blocks, dead_blocks: blocks of the files of `segments` and of
+    `dead`, in one zone.
     """
 
     def __init__(self, env: Env, log_number: int, blocks: int, blockmap: BlockMap, writer: LogWriter) -> None:
@@ -43,17 +47,55 @@ class Disk:
         self.blocks = blocks
         self.map = blockmap
         self.writer = writer
+        writer.observer = self
         self.segments: dict[int, Segment] = {}
         self.dead: dict[int, tuple[Segment, int]] = {}
         self.checkpoint_zones: Callable[[int], tuple[int, ...]] = lambda number: tuple(range(len(env.zones)))
+        self.pages: dict[int, PageRef] = {}
+        """Where the page of each clean region is in the newest checkpoint."""
+        self.live_total = 0
+        self.total_blocks = 0
+        self.dead_blocks = 0
+        self.moving = False
+        self.finished: list[Directory] = []
+        """While the log is being opened: directories of the segments made so far."""
+        self.on_boundary: Callable[[], None] | None = None
         self._parts: list[tuple[int, int, int, int]] = []
+
+    # -- segments -----------------------------------------------------------------------------------------------
+
+    def segment_opened(self, segment: Segment) -> None:
+        """A new segment takes records (SegmentObserver)."""
+        self.add_segment(segment)
+
+    def segment_finished(self, segment: Segment, blocks_before: int, directory: Directory) -> None:
+        """The log stands between two segments (SegmentObserver)."""
+        self.total_blocks -= blocks_before - segment.blocks
+        if self.on_boundary is not None:
+            self.on_boundary()
+        else:
+            self.finished.append(directory)
+
+    def add_segment(self, segment: Segment) -> None:
+        """Take a segment into the live table."""
+        self.segments[segment.number] = segment
+        self.env.segments[segment.key] = segment
+        self.total_blocks += segment.blocks
+
+    def bury(self, segment: Segment) -> None:
+        """No block of the segment is in the map any more (its directory was checked): to be freed in time."""
+        del self.segments[segment.number]
+        segment.live = 0
+        self.total_blocks -= segment.blocks
+        self.dead_blocks += segment.blocks
+        self.dead[segment.number] = (segment, 0)
 
     # -- changing -----------------------------------------------------------------------------------------------
 
     @property
     def between_parts(self) -> bool:
-        """A request of several parts is under way: no checkpoint may begin here."""
-        return bool(self._parts)
+        """Operations are in the log that the map does not show yet: no checkpoint may begin here."""
+        return self.moving or bool(self._parts)
 
     def write_block(self, lba: int, data: memoryview) -> bool:
         """Write one whole block if that takes no waiting: the hot path. False: nothing done."""
@@ -68,6 +110,8 @@ class Disk:
         old = blockmap.set_one(lba, entry)
         if old > RESERVED:
             segments[old >> BLOCK_BITS].live -= 1
+        else:
+            self.live_total += 1
         return True
 
     def write_now(self, lba: int, data: memoryview) -> bool:
@@ -106,10 +150,17 @@ class Disk:
             if part_kind == Kind.WRITE:
                 replaced = self.map.assign(part_lba, part_entry, part_count)
                 segments[part_entry >> BLOCK_BITS].live += part_count
+                self.live_total += part_count
             else:
                 replaced = self.map.fill(part_lba, part_count, part_entry)
-            for key, blocks in replaced.items():
-                segments[key].live -= blocks
+            self.forget_live(replaced)
+
+    def forget_live(self, replaced: dict[int, int]) -> None:
+        """Blocks by segment key that the map points at no more."""
+        segments = self.env.segments
+        for key, blocks in replaced.items():
+            segments[key].live -= blocks
+            self.live_total -= blocks
 
     def forget_parts(self) -> None:
         """The request of several parts under way failed before its last one: it never happened."""
@@ -121,8 +172,24 @@ class Disk:
         """Bring these regions of the map into memory. Corrupt: a page is bad in every zone."""
         if not wanted:
             return
+        self.evict()
         for region, ref, page in await load_pages(self.env, self.log, wanted, self.checkpoint_zones):
             self.map.load(region, ref, decode_region(page))
+
+    def evict(self) -> None:
+        """Bring the maps back below their memory limit, if clean regions of this one can go."""
+        excess = self.env.map_bytes() - self.env.settings.map_memory_bytes
+        while excess > 0:
+            candidates = self.map.eviction_candidates(EVICT_AT_ONCE)
+            before = self.map.memory_bytes
+            for region in candidates:
+                ref = self.pages.get(region)
+                if ref is not None:
+                    self.map.evict(region, ref)
+            freed = before - self.map.memory_bytes
+            if freed <= 0:
+                return
+            excess -= freed
 
     async def load_edges(self, lba: int, count: int) -> None:
         """Bring in what `append_write` and `append_fill` of the range need."""
@@ -237,21 +304,11 @@ class Disk:
         return damaged
 
     async def extents(self, lba: int, count: int, extents_max: int) -> list[tuple[int, int]]:
-        """(HOLE, RESERVED or ENTRY_MIN for data, blocks), from the start of the range; may cover less than asked for."""
+        """(HOLE, RESERVED or ENTRY_MIN for data, blocks), from the start of the range; may cover less."""
         while True:
             await self.load(self.map.missing(lba, 1))
             if not self.map.missing(lba, 1):
                 return self.map.extents(lba, count, extents_max)
-
-    @property
-    def live_blocks(self) -> int:
-        """Blocks that hold data, as far as they have been counted."""
-        return sum(segment.live for segment in self.segments.values())
-
-    @property
-    def file_blocks(self) -> int:
-        """Blocks that the segments take in each zone, dead ones that are not yet freed included."""
-        return sum(s.blocks for s in self.segments.values()) + sum(s.blocks for s, _ in self.dead.values())
 
 
 def stretch(segment: Segment, block: int, count: int) -> tuple[int, bool]:

@@ -1,9 +1,10 @@
-"""What all logs of one open store share: zones, executor, clock, settings, segments, buffers, the dirty-data account."""
+"""What all logs of one open store share: zones, clock, settings, segments, buffers, the account of dirty data."""
 
 import asyncio
 import mmap
 import random
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from objstore.backend.base import Handle
@@ -73,6 +74,8 @@ class Env:
         self.reserve_bytes = RESERVE_SEGMENTS * settings.segment_bytes
         self.bugs: frozenset[str] = frozenset()
         self.readers_max = READERS_MAX
+        self.map_bytes: Callable[[], int] = lambda: 0
+        """Memory of the maps of all open disks."""
         self.bad_copies = 0
         """Blocks and directories that a zone returned with a wrong checksum since the store was opened."""
         self.crc_cache: deque[Segment] = deque()

@@ -72,8 +72,10 @@ class Tail(NamedTuple):
     newest_wall_us: int
 
 
-async def read_tail(env: Env, log: int, head: Head, base: Base) -> Tail:
-    """Corrupt: the log ends before something that is known to have been durable."""
+async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: bool = False) -> Tail:
+    """copy_all: keep no sealed segment, give every record in `rest` (the catalog).
+
+    Corrupt: the log ends before something that is known to have been durable."""
     zones = [zone.index for zone in env.zones]
     listings = await asyncio.gather(*(run(env.executor, z, env.zones[z].backend.list, log_folder(log)) for z in zones))
     holders: dict[int, list[int]] = {}
@@ -94,7 +96,6 @@ async def read_tail(env: Env, log: int, head: Head, base: Base) -> Tail:
     kept: set[int] = set()
     claim = wall_us = 0
     numbers = {zone.zone_id: zone.index for zone in env.zones}
-    ended = False
     looks = await _look(env, log, candidates, holders)
     for number in candidates:
         seen = looks[number]
@@ -107,7 +108,7 @@ async def read_tail(env: Env, log: int, head: Head, base: Base) -> Tail:
             directory = directories[0]
             claim = max(claim, directory.durable_upto)
             follows = directory.previous_crc == previous_crc and directory.first_position == position + 1
-            if follows and not rest and not ended:
+            if follows and not rest and not copy_all:
                 position, previous_crc = directory.last_position, directory.last_crc
                 wall_us = directory.wall_us
                 held = tuple(numbers[zone_id] for zone_id in headers[0].zones if zone_id in numbers) if headers else ()
@@ -118,23 +119,22 @@ async def read_tail(env: Env, log: int, head: Head, base: Base) -> Tail:
         images = await asyncio.gather(
             *(run(env.executor, z, read_image, env.zones[z].backend, log, number) for z in holders[number])
         )
-        if not ended:
-            found = list(
-                records_from(
-                    images,
-                    store_id=env.store_id,
-                    log=log,
-                    number=number,
-                    block=1,
-                    position=position,
-                    previous_crc=previous_crc,
-                    generation=expected,
-                )
+        found = list(
+            records_from(
+                images,
+                store_id=env.store_id,
+                log=log,
+                number=number,
+                block=1,
+                position=position,
+                previous_crc=previous_crc,
+                generation=expected,
             )
-            if found:
-                rest += found
-                position, previous_crc = found[-1].header.last_position, found[-1].header.crc
-                wall_us = found[-1].header.wall_us
+        )
+        if found:
+            rest += found
+            position, previous_crc = found[-1].header.last_position, found[-1].header.crc
+            wall_us = found[-1].header.wall_us
         claim = max(claim, durable_claim(images, store_id=env.store_id, log=log, number=number, generation=expected))
     if claim > position:
         raise Corrupt(
@@ -166,19 +166,17 @@ async def _look(env: Env, log: int, numbers: Sequence[int], holders: dict[int, l
     return looks
 
 
-async def copy_rest(writer: LogWriter, rest: Iterable[SurvivingRecord]) -> list[Directory]:
+async def copy_rest(writer: LogWriter, rest: Iterable[SurvivingRecord]) -> None:
     """Append the surviving records again, request by request, each operation keeping its position; then seal and sync.
 
-    Returns the directories of the segments made.
+    The writer's observer is told of the segments made, in order.
     """
-    made: list[Directory] = []
-    writer.directory_hook = made.append
     for record in rest:
         assert record.header.position == writer.position + 1, "every operation keeps its position"
         for bits, count, at, crcs, sources in data_spans(record.header):
             blocks = len(crcs)
             writer.segment_blocks = max(writer.segment_blocks, blocks + FRESH_MARGIN_BLOCKS)
-            while not writer.room(blocks, whole=True):
+            while not writer.room_for_batch(blocks):
                 await writer.make_room(0)
             writer.append(
                 bits >> KIND_SHIFT & 0xFF,
@@ -191,9 +189,6 @@ async def copy_rest(writer: LogWriter, rest: Iterable[SurvivingRecord]) -> list[
             )
         if writer.env.dirty_bytes > writer.env.dirty_bytes_max:
             await writer.flush()
-    if writer.segment is not None:
-        writer.finish_segment()
+    writer.finish_segment()
     await writer.flush()
     await writer.sealed_below(writer.next_number)
-    writer.directory_hook = None
-    return made

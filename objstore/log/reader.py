@@ -5,6 +5,8 @@ after a full-length read. A copy that fails is passed over for another zone's; a
 reported as damaged, never replaced by zeros or older data.
 """
 
+from __future__ import annotations
+
 import logging
 from array import array
 from collections.abc import Sequence
@@ -56,7 +58,7 @@ def read_run_now(segment: Segment, block: int, count: int, into: memoryview) -> 
     return True
 
 
-def verified(data: memoryview, crcs: "array[int]", block: int, count: int) -> bool:
+def verified(data: memoryview, crcs: array[int], block: int, count: int) -> bool:
     """Whether every block of `data` has its CRC."""
     at = 0
     for i in range(block, block + count):
@@ -66,21 +68,24 @@ def verified(data: memoryview, crcs: "array[int]", block: int, count: int) -> bo
     return True
 
 
-async def read_run(env: Env, segment: Segment, block: int, count: int) -> tuple[memoryview, list[int]]:
+async def read_run(
+    env: Env, segment: Segment, block: int, count: int, wanted: Sequence[int] | None = None
+) -> tuple[memoryview, list[int]]:
     """`count` blocks of a segment from its zones: (the data, indices of the blocks that no zone has whole).
 
-    The buffer is this call's own: a thread that still fills it after a cancelled await harms nobody.
+    wanted: indices of the data blocks that matter (default: all); header pages in between have no CRC to check. The buffer is this call's own: a thread that still fills it after a cancelled await harms nobody.
     """
     segment.pins += 1
     try:
         crcs = segment.crcs if segment.crcs is not None else await load_crcs(env, segment)
         data = memoryview(bytearray(count << BLOCK_SHIFT))
-        bad = list(range(count))
+        bad = list(range(count) if wanted is None else wanted)
+        all_wanted = len(bad)
         first = segment.number % len(segment.zones)
         for z in segment.zones[first:] + segment.zones[:first]:
             try:
                 handle = await reader_for(env, segment, z)
-                copy = memoryview(bytearray(len(data))) if len(bad) < count else data
+                copy = memoryview(bytearray(len(data))) if len(bad) < all_wanted else data
                 got = await run(env.executor, z, handle.read, block << BLOCK_SHIFT, [copy])
             except StoreError as error:
                 log.warning("read failed segment=%s zone=%r: %s", segment.name, env.zones[z], error)
@@ -119,12 +124,12 @@ async def reader_for(env: Env, segment: Segment, zone: int) -> Handle:
     return opened
 
 
-def _read_crcs(backend: Backend, store_id: bytes, number_log: int, number: int) -> "array[int] | None":
+def _read_crcs(backend: Backend, store_id: bytes, number_log: int, number: int) -> array[int] | None:
     directory = look_at(backend, store_id, number_log, number).directory
     return None if directory is None else directory.crcs
 
 
-async def load_crcs(env: Env, segment: Segment) -> "array[int]":
+async def load_crcs(env: Env, segment: Segment) -> array[int]:
     """The CRCs of a sealed segment from the first zone whose directory is whole. Corrupt: none is."""
     for z in segment.zones:
         try:

@@ -1,5 +1,7 @@
 """Replay of a log's operations into the block map, in log order, vectorised over runs of one kind."""
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Awaitable, Callable, Iterable
 

@@ -1,5 +1,7 @@
 """A segment of a log as the running store sees it: its place, its live blocks, its handles, what is still in memory."""
 
+from __future__ import annotations
+
 from array import array
 from typing import Final
 
@@ -36,7 +38,7 @@ class Record:
 
     __slots__ = ("blocks", "buffer", "last_position", "segment", "start", "view", "waiting")
 
-    def __init__(self, segment: "Segment", start: int, buffer: "memoryview") -> None:
+    def __init__(self, segment: Segment, start: int, buffer: memoryview) -> None:
         self.segment = segment
         self.start = start
         self.blocks = 1

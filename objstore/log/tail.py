@@ -6,6 +6,8 @@ The end of the log is the first record that no zone has whole. It is believed on
 behind it, says that more was durable; otherwise what was flushed is damaged and the log must not open.
 """
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -55,7 +57,7 @@ def look_at(backend: Backend, store_id: bytes, log: int, number: int) -> Seen:
             page = bytearray(BLOCK_BYTES)
             handle.read(0, [memoryview(page)])
             try:
-                header = decode_segment_header(page, store_id=store_id, log=log, segment=number)
+                header = decode_segment_header(bytes(page), store_id=store_id, log=log, segment=number)
             except FormatError:
                 header = None
         if size < BLOCK_BYTES + FOOTER_BYTES:

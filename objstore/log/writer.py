@@ -12,12 +12,13 @@ Rules kept here (DESIGN.md tells the schedules that break them):
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from crc32c import crc32c
 
@@ -184,6 +185,18 @@ class Lane:
         self.kick()
 
 
+class SegmentObserver(Protocol):
+    """Told of a writer's segments, in the loop turn in which it happens."""
+
+    def segment_opened(self, segment: Segment) -> None:
+        """Records go to `segment` from now on."""
+        ...
+
+    def segment_finished(self, segment: Segment, blocks_before: int, directory: Directory) -> None:
+        """`segment` takes no more records and may have become shorter: the log stands exactly between two segments."""
+        ...
+
+
 class LogWriter:
     """Appends to one log. All methods but the coroutines finish at once and are called in the event loop only.
 
@@ -220,10 +233,7 @@ class LogWriter:
         self.error: StoreError | None = None
         self.space_error: NoSpace | None = None
         self.segment: Segment | None = None
-        self.roll_hook: Callable[[], None] | None = None
-        """Called right after a segment was finished, when the log stands exactly at a boundary between segments."""
-        self.directory_hook: Callable[[Directory], None] | None = None
-        """Given the directory of every segment that is finished (opening a log replays what it copies)."""
+        self.observer: SegmentObserver | None = None
         self.durable_wall = env.clock.wall()
         self.prepared_target = 1
         self.unsealed: dict[int, Segment] = {}
@@ -270,10 +280,19 @@ class LogWriter:
         if left >= SPLIT_BLOCKS_MIN and not whole:
             return min(left, RECORD_DATA_BLOCKS_MAX)
         if self._prepared:
-            return min(blocks, RECORD_DATA_BLOCKS_MAX, self._fresh_room()) or 1
+            return min(blocks, RECORD_DATA_BLOCKS_MAX, self.fresh_room) or 1
         return 0
 
-    def _fresh_room(self) -> int:
+    def room_for_batch(self, blocks: int) -> bool:
+        """Whether several `append`s of `blocks` data blocks in all, and of no more tables than one header page holds,
+        can follow each other now without waiting."""
+        if self.error is not None:
+            raise self.error
+        blocks = max(1, blocks)
+        return self._segment_room() >= blocks or (bool(self._prepared) and self.fresh_room >= blocks)
+
+    @property
+    def fresh_room(self) -> int:
         """Data blocks that the first record of a new segment takes."""
         return min(RECORD_DATA_BLOCKS_MAX, self.segment_blocks - 2 - 1 - DIRECTORY_MARGIN_PAGES)
 
@@ -361,7 +380,7 @@ class LogWriter:
                 zone,
                 prepare_segment,
                 (env.zones[zone].backend, segment.name, segment.file_bytes, reserve_bytes, header),
-                lambda handle, error, zone=zone: done(zone, handle, error),
+                functools.partial(done, zone),
             )
         await pending
         if not errors:
@@ -453,6 +472,10 @@ class LogWriter:
         segment.memory[block : block + blocks] = [record] * blocks  # type: ignore[index]
         self.env.dirty_bytes += blocks << BLOCK_SHIFT
         return segment.key << BLOCK_SHIFT | block
+
+    def start_record(self, blocks: int) -> None:
+        """Begin a record that takes `blocks` blocks; `room_for_batch(blocks)` was asked in this loop turn."""
+        self._next_record(blocks)
 
     def _next_record(self, blocks: int) -> None:
         self.cut()
@@ -557,6 +580,8 @@ class LogWriter:
                 self._lanes[zone] = Lane(self, zone)
         self.env.keep_reader(segment, segment.handles[segment.zones[segment.number % len(segment.zones)]])
         self._prepare(self.env.reserve_bytes)
+        if self.observer is not None:
+            self.observer.segment_opened(segment)
 
     def finish_segment(self) -> None:
         """Seal the open segment where it stands (nothing if none is open). The record in the making is cut first."""
@@ -566,9 +591,8 @@ class LogWriter:
             return
         self.segment = self._directory = None
         data, crc = directory.encode(self.env.store_id)
-        if self.directory_hook is not None:
-            self.directory_hook(directory.finish(crc))
         pages = len(data) // BLOCK_BYTES
+        blocks_before = segment.blocks
         full = segment.blocks - self._body_end - pages
         assert full >= 0, "the directory was reserved for"
         if full < DIRECTORY_MARGIN_PAGES * 4:
@@ -582,8 +606,8 @@ class LogWriter:
             lane = self._lanes[zone]
             lane.queue.append(seal)
             lane.kick()
-        if self.roll_hook is not None:
-            self.roll_hook()
+        if self.observer is not None:
+            self.observer.segment_finished(segment, blocks_before, directory.finish(crc))
 
     # -- durability ---------------------------------------------------------------------------------------------
 
@@ -681,6 +705,17 @@ class LogWriter:
         for lane in self._lanes.values():
             lane.kick()
         await waiter
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes of this log that are not yet durable."""
+        gathered = (1 + self._data) if self._record is not None else 0
+        return (gathered + sum(record.blocks for record in self._undurable)) << BLOCK_SHIFT
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the open segment holds any record, the one being gathered included."""
+        return self._record is not None or (self._directory is not None and bool(self._directory.record_crcs))
 
     @property
     def tail_number(self) -> int:

@@ -120,9 +120,7 @@ class Volume(Protocol):
         """Advise that the range will be read soon. Never changes contents; failing silently is allowed."""
         ...
 
-    async def extents(
-        self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
-    ) -> list[Extent]:
+    async def extents(self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14) -> list[Extent]:
         """State of the range from its start: neighbours of equal state merged, at most extents_max extents, never past
         the end of the range; a bounded amount of work, so the list may cover less than asked for (at least one byte,
         length_bytes > 0 required)."""

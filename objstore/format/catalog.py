@@ -1,0 +1,103 @@
+"""Entries of the catalog's log and its snapshots: msgpack of tagged records. FORMAT.md, "Catalog"."""
+
+from typing import TypeAlias
+
+import msgspec
+from crc32c import crc32c
+
+from objstore.errors import FormatError
+from objstore.units import BLOCK_BYTES
+
+
+class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True):
+    """A VDI is created (or its description replaced)."""
+
+    vdi_id: int
+    name: str
+    log: int
+    size_bytes: int
+    copies: int
+    mode: str
+    created: float
+    prealloc: bool
+
+
+class DeleteEntry(msgspec.Struct, frozen=True, tag="delete", kw_only=True):
+    """A VDI is deleted; its log is garbage from here on."""
+
+    vdi_id: int
+
+
+class HeadEntry(msgspec.Struct, frozen=True, tag="head", kw_only=True):
+    """The head record of a log: see objstore.log.opening.Head."""
+
+    log: int
+    generation: int
+    tail: list[int]
+    first_number: int
+    checkpoint: int
+    clean: bool
+
+
+class PurgedEntry(msgspec.Struct, frozen=True, tag="purged", kw_only=True):
+    """Nothing of a deleted VDI's log is left in any zone."""
+
+    log: int
+
+
+class StopEntry(msgspec.Struct, frozen=True, tag="stop", kw_only=True):
+    """The store was closed cleanly."""
+
+    wall: float
+
+
+Entry: TypeAlias = VdiEntry | DeleteEntry | HeadEntry | PurgedEntry | StopEntry
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole catalog at one position of its log. garbage: logs of deleted VDIs not yet purged."""
+
+    next_log: int
+    next_vdi: int
+    vdis: list[VdiEntry]
+    heads: list[HeadEntry]
+    garbage: list[int]
+    clean: bool
+
+
+_ENTRY = msgspec.msgpack.Decoder(Entry)
+
+
+def encode_entry(entry: Entry) -> tuple[bytes, int]:
+    """(the entry padded to whole blocks, its length in bytes)."""
+    data = msgspec.msgpack.encode(entry)
+    return data.ljust(-(-len(data) // BLOCK_BYTES) * BLOCK_BYTES, b"\0"), len(data)
+
+
+def decode_entry(data: bytes | memoryview, length_bytes: int) -> Entry:
+    """FormatError: not an entry that this program knows."""
+    try:
+        entry: Entry = _ENTRY.decode(bytes(data[:length_bytes]))
+        return entry
+    except msgspec.DecodeError as error:
+        raise FormatError(f"catalog entry can't be read: {error}") from error
+
+
+def encode_snapshot(snapshot: Snapshot, store_id: bytes, number: int) -> bytes:
+    """16 bytes store, 4 number, 4 CRC32C over store, number and body, then the body."""
+    body = msgspec.msgpack.encode(snapshot)
+    identity = store_id + number.to_bytes(4, "little")
+    return identity + crc32c(identity + body).to_bytes(4, "little") + body
+
+
+def decode_snapshot(data: bytes, store_id: bytes, number: int) -> Snapshot:
+    """FormatError: damaged, or another one."""
+    identity, body = data[:20], data[24:]
+    if identity != store_id + number.to_bytes(4, "little"):
+        raise FormatError(f"not catalog snapshot {number} of this store")
+    if crc32c(identity + body) != int.from_bytes(data[20:24], "little"):
+        raise FormatError(f"catalog snapshot damaged number={number}")
+    try:
+        return msgspec.msgpack.decode(body, type=Snapshot)
+    except msgspec.DecodeError as error:
+        raise FormatError(f"catalog snapshot can't be read number={number}: {error}") from error

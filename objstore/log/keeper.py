@@ -1,0 +1,272 @@
+"""Keeps one disk's log short: checkpoints, freeing of dead segments, eviction of map regions.
+
+A checkpoint begins at a boundary between segments, in one loop turn: the dirty regions are frozen, position and segment
+table noted. Then, while clients go on: the segments below are sealed durably, the frozen regions written, and the
+checkpoint commits by appearing under its name in every zone of the disk.
+
+Dead segments are freed after two checkpoints that began after their death are complete: the newest checkpoint may turn
+out unreadable, and the one before it needs its tail. The two newest checkpoints, and older ones whose map pages they
+refer to, are kept.
+"""
+
+import asyncio
+import logging
+from typing import Final
+
+import numpy as np
+
+from objstore.errors import NoSpace, StoreError
+from objstore.format.checkpoint import DEAD, LIVE, ROOT, TABLE, CheckpointHeader
+from objstore.log.blockmap import Frozen, PageRef
+from objstore.log.checkpoint import CheckpointWriter, checkpoint_name, load_pages
+from objstore.log.disk import Disk
+from objstore.log.segment import Segment
+
+log = logging.getLogger(__name__)
+
+OPERATIONS_BETWEEN_MIN: Final = 1 << 20
+OPERATIONS_BETWEEN_MAX: Final = 1 << 23
+OPERATIONS_PER_REGION: Final = 128
+"""A checkpoint writes up to 8 KiB for each dirty region; 128 operations a region keep that below 2 % of their data."""
+SEGMENTS_BETWEEN_MAX: Final = 512
+"""Segments in the tail: their directories are read at opening, 0.3 ms each."""
+FREES_CHECKED: Final = 2
+"""Checkpoints that must follow a segment's death before it is freed."""
+DEAD_SHARE: Final = 25
+"""Dead segments of this part of the live data make a checkpoint due: two follow before they are free, so about a tenth
+of the live data waits."""
+IDLE_SECONDS: Final = 5.0
+REWRITE_BYTES_MAX: Final = 16 << 20
+
+
+class Keeper:
+    """Checkpoints and freeing for one disk. Touched by the event loop only; one checkpoint at a time (`_task`).
+
+    number: of the newest complete checkpoint. pages: where the page of each region is, as its root says.
+    sizes: bytes of each checkpoint object that is kept. next_segment, previous_next_segment: where the tails of the
+    newest and of the one before begin.
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self.number = 0
+        self.next_number = 1
+        self.position = 0
+        self.next_segment = 0
+        self.previous_next_segment = 0
+        self.pages: dict[int, PageRef] = {}
+        self.sizes: dict[int, int] = {}
+        self.previous_needs: frozenset[int] = frozenset()
+        self.on_freed: list[asyncio.Future[None]] = []
+        self.wanted = False
+        self._task: asyncio.Task[None] | None = None
+        self._failed: StoreError | None = None
+        self._closed = False
+        self.tight = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- when ---------------------------------------------------------------------------------------------------
+
+    def due(self) -> bool:
+        """Whether the tail has become long enough, or enough dead segments wait, for a checkpoint."""
+        disk = self.disk
+        operations = disk.writer.position - self.position
+        limit = OPERATIONS_PER_REGION * len(disk.map.dirty)
+        if operations >= max(OPERATIONS_BETWEEN_MIN, min(OPERATIONS_BETWEEN_MAX, limit)):
+            return True
+        if disk.writer.next_number - self.next_segment >= SEGMENTS_BETWEEN_MAX:
+            return True
+        unseen = sum(segment.blocks for segment, seen in disk.dead.values() if not seen)
+        segment_blocks = disk.writer.segment_blocks
+        return unseen >= (segment_blocks if self.tight else max(2 * segment_blocks, disk.live_total // DEAD_SHARE))
+
+    def boundary(self) -> None:
+        """Called at every boundary between segments."""
+        if self._task is None and not self._closed and not self.disk.between_parts and (self.wanted or self.due()):
+            self._begin()
+
+    def hurry(self, *, now: bool) -> None:
+        """Dead segments wait: see that checkpoints come even if no client writes any more."""
+        self.tight = now
+        if now:
+            self._force()
+        elif self._timer is None:
+            self._timer = self.disk.env.loop.call_later(IDLE_SECONDS, self._idle)
+
+    def _idle(self) -> None:
+        self._timer = None
+        if self.disk.dead:
+            self._force()
+
+    def _force(self) -> None:
+        disk = self.disk
+        if self._task is not None or self._closed or disk.between_parts or disk.writer.error is not None:
+            return
+        self.wanted = True
+        if disk.writer.has_records:
+            disk.writer.finish_segment()
+        else:
+            self.boundary()
+
+    async def checkpoint(self) -> None:
+        """Write a checkpoint of everything appended before this call. StoreError: it could not be written."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
+        self._failed = None
+        self._force()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        if self._failed is not None:
+            raise self._failed
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        disk = self.disk
+        writer = disk.writer
+        self.wanted = False
+        next_segment = writer.tail_number
+        header = CheckpointHeader(
+            disk.log,
+            self.next_number,
+            writer.position,
+            writer.generation,
+            next_segment,
+            writer.previous_crc,
+            disk.blocks,
+            int(disk.env.clock.wall() * 1e6),
+            self.next_segment,
+        )
+        self.next_number += 1
+        live = [segment for segment in disk.segments.values() if segment.number < next_segment]
+        dead = [segment for segment, _ in disk.dead.values()]
+        rows = [(segment, LIVE) for segment in live]
+        rows += [(segment, DEAD) for segment, seen in disk.dead.values() if not seen]
+        frozen = disk.map.freeze()
+        self._task = disk.env.loop.create_task(self._write(header, frozen, rows, dead))
+
+    async def _write(
+        self, header: CheckpointHeader, frozen: Frozen, rows: list[tuple[Segment, int]], dead: list[Segment]
+    ) -> None:
+        disk = self.disk
+        changed = frozen.regions
+        output = CheckpointWriter(disk.env, header, disk.checkpoint_zones(header.number))
+        try:
+            await disk.writer.sealed_below(header.next_segment)
+            await output.open()
+            for region in sorted(changed):
+                page = frozen.take(region)
+                if page:
+                    await output.add(region, page)
+            pages = {region: ref for region, ref in self.pages.items() if region not in changed}
+            moved = await self._rewrite(output, pages)
+            pages.update(output.refs)
+            table = np.array(
+                [
+                    (s.number, s.blocks, s.seal_crc, s.live, sum(1 << z for z in s.zones), s.generation, state)
+                    for s, state in rows
+                ],
+                TABLE,
+            )
+            root = np.array([(r, ref.checkpoint, ref.length, ref.offset) for r, ref in pages.items()], ROOT)
+            await output.finish(root, table)
+        except StoreError as error:
+            frozen.abort()
+            self._failed = error
+            log.warning("checkpoint given up log=%d checkpoint=%d: %s", disk.log, header.number, error)
+            if not isinstance(error, NoSpace):
+                disk.writer.fail(error)
+            else:
+                await output.abort()
+        else:
+            frozen.commit()
+            self._complete(header, output, pages, moved, dead)
+        finally:
+            self._task = None
+        disk.evict()
+
+    async def _rewrite(self, output: CheckpointWriter, pages: dict[int, PageRef]) -> dict[int, PageRef]:
+        """Take over the pages of old checkpoints that are mostly dead, so that those can go: their former places."""
+        live: dict[int, int] = {}
+        for ref in pages.values():
+            live[ref.checkpoint] = live.get(ref.checkpoint, 0) + ref.length
+        sparse = {n for n, size in self.sizes.items() if n != self.number and live.get(n, 0) * 2 < size}
+        budget = REWRITE_BYTES_MAX
+        wanted: list[tuple[int, PageRef]] = []
+        for region, ref in pages.items():
+            if ref.checkpoint in sparse and budget > 0:
+                wanted.append((region, ref))
+                budget -= ref.length
+        moved: dict[int, PageRef] = {}
+        disk = self.disk
+        if wanted:
+            for region, ref, page in await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones):
+                moved[region] = ref
+                await output.add(region, page)
+        return moved
+
+    def _complete(
+        self,
+        header: CheckpointHeader,
+        output: CheckpointWriter,
+        pages: dict[int, PageRef],
+        moved: dict[int, PageRef],
+        dead: list[Segment],
+    ) -> None:
+        disk = self.disk
+        for region, ref in moved.items():
+            disk.map.repoint(region, ref, pages[region])
+        needs = frozenset(ref.checkpoint for ref in pages.values())
+        keep = needs | self.previous_needs | {self.number, header.number}
+        self.previous_needs = needs
+        self.previous_next_segment, self.next_segment = self.next_segment, header.next_segment
+        self.number = header.number
+        self.position = header.position
+        self.pages = disk.pages = pages
+        self.sizes[header.number] = output.size_bytes
+        for number in [n for n in self.sizes if n not in keep]:
+            del self.sizes[number]
+            self._delete(checkpoint_name(disk.log, number), disk.checkpoint_zones(number))
+        for segment in dead:
+            entry = disk.dead.get(segment.number)
+            if entry is not None:
+                disk.dead[segment.number] = (segment, entry[1] + 1)
+        self.free()
+
+    # -- freeing ------------------------------------------------------------------------------------------------
+
+    def free(self) -> None:
+        """Free the dead segments that two checkpoints have passed and nobody reads."""
+        disk = self.disk
+        for number, (segment, seen) in list(disk.dead.items()):
+            if seen < FREES_CHECKED or segment.pins:
+                continue
+            del disk.dead[number]
+            disk.dead_blocks -= segment.blocks
+            disk.env.segments.pop(segment.key, None)
+            segment.close_handles()
+            for zone in segment.zones:
+                backend = disk.env.zones[zone].backend
+                disk.env.executor.submit(zone, backend.retire, (segment.name,), _ignored)
+        for waiter in self.on_freed:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.on_freed.clear()
+
+    def _delete(self, name: str, zones: tuple[int, ...]) -> None:
+        for zone in zones:
+            self.disk.env.executor.submit(zone, self.disk.env.zones[zone].backend.delete, (name,), _ignored)
+
+    async def close(self) -> None:
+        """Wait for the checkpoint under way; begin no other."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._task is not None:
+            await asyncio.wait([self._task])
+
+
+def _ignored(result: object, error: BaseException | None) -> None:
+    """A file that could not be removed is garbage that the next opening removes."""
+    if error is not None:
+        log.warning("garbage stays until the next opening: %s", error)

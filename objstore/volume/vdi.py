@@ -1,0 +1,370 @@
+"""A VDI as a volume: byte ranges, order of admission, modes of acknowledgement, over one log's disk.
+
+Admission: writes that can't be taken at once wait for `_turn` in the order in which they came, whatever connection they
+came from, and hold it until they have their place in the log. A block that is written in part is read and merged while
+the turn is held, so two writers of one block never lose each other's bytes.
+
+First flush: from the moment a VDI is opened every write is durable before it is acknowledged, until the first flush or
+FUA on any connection shows that the client knows how to flush (mode `writeback`); then it is write-back until the store
+closes the VDI.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from objstore.errors import Corrupt, InvalidRequest, NoSpace, NotSupported, OutOfRange, StoreError
+from objstore.format.record import Flag
+from objstore.log.address import HOLE, RESERVED
+from objstore.log.collect import Collector
+from objstore.log.disk import Disk
+from objstore.log.keeper import Keeper
+from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
+from objstore.volume.base import REQUEST_BYTES_MAX, Extent, always
+
+FILL_BLOCKS_MAX = (1 << 32) - 1
+READ_AHEAD_BYTES_MAX = 8 << 20
+
+
+class Vdi:
+    """An open VDI (Volume). Touched by the event loop only.
+
+    `_busy`: reasons why `write_now` must not even look: write-through, closed, failed.
+    """
+
+    def __init__(self, name: str, size_bytes: int, copies: int, mode: str, disk: Disk, keeper: Keeper) -> None:
+        self.name = name
+        self.size_bytes = size_bytes
+        self.read_only = False
+        self.copies = copies
+        self.mode = mode
+        self.disk = disk
+        self.keeper = keeper
+        self.collector = Collector(disk, keeper)
+        self.attached = 0
+        self.last_flush: float | None = None
+        self._env = disk.env
+        self._writer = disk.writer
+        self._unsafe = mode == "unsafe"
+        self._write_through = mode in ("writeback", "writethrough")
+        self._turn = asyncio.Lock()
+        self._closed: StoreError | None = None
+        disk.on_boundary = self._boundary
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return f"{self.mode}, {self.copies} {'copy' if self.copies == 1 else 'copies'}"
+
+    @property
+    def write_through(self) -> bool:
+        """Whether a write is durable before it is acknowledged, now."""
+        return self._write_through
+
+    def _boundary(self) -> None:
+        self.keeper.boundary()
+        self.collector.poke()
+
+    def _check(self, offset_bytes: int, length_bytes: int, *, bounded: bool = True) -> None:
+        if offset_bytes < 0 or length_bytes < 0 or (bounded and length_bytes > REQUEST_BYTES_MAX):
+            raise InvalidRequest(f"impossible range offset={offset_bytes} length={length_bytes}")
+        if offset_bytes + length_bytes > self.size_bytes:
+            raise OutOfRange(f"past the end offset={offset_bytes} length={length_bytes} size={self.size_bytes}")
+        if self._closed is not None:
+            raise self._closed
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read_now(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
+        """See Volume."""
+        self._check(offset_bytes, length_bytes)
+        if not (offset_bytes | length_bytes) & BLOCK_MASK:
+            if length_bytes == BLOCK_BYTES:
+                zeros = self.disk.read_block_now(offset_bytes >> BLOCK_SHIFT, into)
+            elif not length_bytes:
+                return 0
+            else:
+                zeros = self.disk.read_now(offset_bytes >> BLOCK_SHIFT, length_bytes >> BLOCK_SHIFT, into)
+            return zeros << BLOCK_SHIFT if zeros > 0 else zeros
+        if not length_bytes:
+            return 0
+        first, count, skip = _cover(offset_bytes, length_bytes)
+        whole = memoryview(bytearray(count << BLOCK_SHIFT))
+        zeros = self.disk.read_now(first, count, whole)
+        if zeros < 0:
+            return -1
+        if zeros == count:
+            return length_bytes
+        into[:] = whole[skip : skip + length_bytes]
+        return 0
+
+    async def read(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
+        """See Volume."""
+        self._check(offset_bytes, length_bytes)
+        if not length_bytes:
+            return 0
+        first, count, skip = _cover(offset_bytes, length_bytes)
+        if not skip and count << BLOCK_SHIFT == length_bytes:
+            return await self.disk.read(first, count, into) << BLOCK_SHIFT
+        whole = memoryview(bytearray(count << BLOCK_SHIFT))
+        try:
+            zeros = await self.disk.read(first, count, whole)
+        except Corrupt as error:
+            into[:] = whole[skip : skip + length_bytes]
+            raise Corrupt(str(error), _clip(error.bad, offset_bytes, length_bytes)) from error
+        if zeros == count:
+            return length_bytes
+        into[:] = whole[skip : skip + length_bytes]
+        return 0
+
+    async def cache(self, offset_bytes: int, length_bytes: int) -> None:
+        """See Volume: reads up to READ_AHEAD_BYTES_MAX of the range, which leaves them in the host's page cache."""
+        self._check(offset_bytes, length_bytes, bounded=False)
+        end = offset_bytes + min(length_bytes, READ_AHEAD_BYTES_MAX)
+        buffer = memoryview(bytearray(1 << 20))
+        while offset_bytes < end:
+            step = min(len(buffer), end - offset_bytes)
+            try:
+                await self.read(offset_bytes, step, buffer[:step])
+            except Corrupt:
+                return
+            offset_bytes += step
+
+    async def extents(self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14) -> list[Extent]:
+        """See Volume."""
+        self._check(offset_bytes, length_bytes, bounded=False)
+        if not length_bytes or extents_max < 1:
+            raise InvalidRequest("extents of nothing")
+        first = offset_bytes >> BLOCK_SHIFT
+        count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
+        end = offset_bytes + length_bytes
+        found: list[Extent] = []
+        at = first << BLOCK_SHIFT
+        for kind, blocks in await self.disk.extents(first, count, extents_max):
+            low, at = max(at, offset_bytes), at + (blocks << BLOCK_SHIFT)
+            found.append(Extent(min(at, end) - low, kind == HOLE, kind <= RESERVED))
+        return found
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write_now(self, offset_bytes: int, data: memoryview) -> bool:
+        """See Volume."""
+        length_bytes = len(data)
+        if (
+            self._write_through
+            or self._turn.locked()
+            or (offset_bytes | length_bytes) & BLOCK_MASK
+            or self.collector.tight
+            or self._env.dirty_bytes >= self._env.dirty_bytes_max
+        ):
+            return False
+        self._check(offset_bytes, length_bytes)
+        if length_bytes == BLOCK_BYTES:
+            return self.disk.write_block(offset_bytes >> BLOCK_SHIFT, data)
+        return bool(length_bytes) and self.disk.write_now(offset_bytes >> BLOCK_SHIFT, data)
+
+    async def write(
+        self, offset_bytes: int, data: memoryview, *, fua: bool = False, alive: Callable[[], bool] = always
+    ) -> None:
+        """See Volume."""
+        length_bytes = len(data)
+        self._check(offset_bytes, length_bytes)
+        if length_bytes:
+            first, count, skip = _cover(offset_bytes, length_bytes)
+            async with self._turn:
+                whole = data
+                if skip or count << BLOCK_SHIFT != length_bytes:
+                    whole = await self._merged(first, count, skip, data)
+                await self._append([(first, count, whole)], alive)
+                position = self._writer.position
+        else:
+            position = self._writer.position
+        if fua or self._write_through:
+            await self._durable(position, fua=fua)
+
+    async def _merged(self, first: int, count: int, skip: int, data: memoryview) -> memoryview:
+        """The whole blocks that a write of parts of them leaves; Corrupt if what is underneath can't be read."""
+        whole = memoryview(bytearray(count << BLOCK_SHIFT))
+        if skip:
+            await self.disk.read(first, 1, whole[:BLOCK_BYTES])
+        if (skip + len(data)) & BLOCK_MASK and (count > 1 or not skip):
+            await self.disk.read(first + count - 1, 1, whole[-BLOCK_BYTES:])
+        whole[skip : skip + len(data)] = data
+        return whole
+
+    async def _append(self, pieces: list[tuple[int, int, "memoryview | int"]], alive: Callable[[], bool]) -> None:
+        """Put one request into the log; the turn is held. pieces: (first block, count, whole blocks or HOLE/RESERVED).
+
+        All pieces take effect together: with the last part of the last one.
+        """
+        disk, writer = self.disk, self._writer
+        await self._admit()
+        begun = False
+        try:
+            while pieces:
+                first, count, what = pieces[0]
+                await disk.load_edges(first, count)
+                blocks = count if isinstance(what, memoryview) else 0
+                room = writer.room(blocks)
+                if not room:
+                    await writer.make_room(self._env.reserve_bytes if blocks else 0)
+                    continue
+                if not begun and not alive():
+                    raise InvalidRequest("the connection that asked for this is gone")
+                if isinstance(what, memoryview):
+                    taken = min(count, room)
+                    rest: memoryview | int = what[taken << BLOCK_SHIFT :]
+                else:
+                    taken = min(count, FILL_BLOCKS_MAX)
+                    rest = what
+                last = taken == count and len(pieces) == 1
+                flags = 0
+                if begun or not last:
+                    flags = Flag.LAST if last else Flag.PART if begun else Flag.PART | Flag.FIRST
+                if isinstance(what, memoryview):
+                    disk.append_write(first, taken, what[: taken << BLOCK_SHIFT], flags)
+                else:
+                    disk.append_fill(first, taken, what, flags)
+                begun = True
+                if taken == count:
+                    pieces.pop(0)
+                else:
+                    pieces[0] = (first + taken, count - taken, rest)
+                    await self._admit()
+        except StoreError:
+            disk.forget_parts()
+            raise
+
+    async def _admit(self) -> None:
+        """Wait while dirty data stands at its limit or collection must free space first."""
+        env, writer = self._env, self._writer
+        while env.dirty_bytes >= env.dirty_bytes_max and writer.error is None:
+            writer.request_sync()
+            await env.dirty_room()
+        await self.collector.room()
+        if writer.error is not None:
+            raise writer.error
+        if self._closed is not None:
+            raise self._closed
+
+    async def trim(
+        self, offset_bytes: int, length_bytes: int, *, fua: bool = False, alive: Callable[[], bool] = always
+    ) -> None:
+        """See Volume."""
+        self._check(offset_bytes, length_bytes, bounded=False)
+        first = offset_bytes + BLOCK_MASK >> BLOCK_SHIFT
+        end = offset_bytes + length_bytes
+        last = self.disk.blocks if end == self.size_bytes else end >> BLOCK_SHIFT
+        if first < last:
+            async with self._turn:
+                await self._append([(first, last - first, HOLE)], alive)
+        await self._after(fua=fua)
+
+    async def zero(
+        self,
+        offset_bytes: int,
+        length_bytes: int,
+        *,
+        no_hole: bool = False,
+        fast: bool = False,
+        fua: bool = False,
+        alive: Callable[[], bool] = always,
+    ) -> None:
+        """See Volume."""
+        self._check(offset_bytes, length_bytes, bounded=False)
+        first = offset_bytes + BLOCK_MASK >> BLOCK_SHIFT
+        end = offset_bytes + length_bytes
+        last = self.disk.blocks if end == self.size_bytes else end >> BLOCK_SHIFT
+        whole_only = not offset_bytes & BLOCK_MASK and (end == self.size_bytes or not end & BLOCK_MASK)
+        if fast and not whole_only:
+            raise NotSupported(f"unaligned range can't be zeroed fast offset={offset_bytes} length={length_bytes}")
+        if length_bytes:
+            async with self._turn:
+                pieces: list[tuple[int, int, memoryview | int]] = []
+                if first > last:  # inside one block
+                    pieces.append(await self._zeroed(offset_bytes, length_bytes))
+                else:
+                    head = min((first << BLOCK_SHIFT) - offset_bytes, length_bytes)
+                    if head:
+                        pieces.append(await self._zeroed(offset_bytes, head))
+                    if first < last:
+                        pieces.append((first, last - first, RESERVED if no_hole else HOLE))
+                    tail = 0 if end == self.size_bytes else end & BLOCK_MASK
+                    if tail:
+                        pieces.append(await self._zeroed(end - tail, tail))
+                await self._append(pieces, alive)
+        await self._after(fua=fua)
+
+    async def _zeroed(self, offset_bytes: int, length_bytes: int) -> tuple[int, int, memoryview]:
+        """One block with a part of it zeroed, as a piece of `_append`."""
+        first, count, skip = _cover(offset_bytes, length_bytes)
+        whole = memoryview(bytearray(count << BLOCK_SHIFT))
+        if await self.disk.read(first, 1, whole) != 1:
+            whole[skip : skip + length_bytes] = bytes(length_bytes)
+        return first, count, whole
+
+    async def _after(self, *, fua: bool) -> None:
+        if fua or self._write_through:
+            await self._durable(self._writer.position, fua=fua)
+
+    async def _durable(self, position: int, *, fua: bool) -> None:
+        if self._unsafe:
+            return
+        await self._writer.flush(position)
+        if fua:
+            self._flushed()
+
+    async def flush(self) -> None:
+        """See Volume."""
+        if self._closed is not None:
+            raise self._closed
+        if not self._unsafe:
+            await self._writer.flush()
+        self._flushed()
+
+    def _flushed(self) -> None:
+        self.last_flush = self._env.clock.wall()
+        if self.mode == "writeback":
+            self._write_through = False
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    async def close(self, reason: StoreError) -> None:
+        """Take nothing more (every later call raises `reason`); make durable what was acknowledged, write a checkpoint.
+
+        Unavailable: a zone failed, what was not flushed may be lost. The handle is closed all the same.
+        """
+        self._closed = reason
+        self._write_through = True
+        async with self._turn:
+            pass
+        try:
+            await self.collector.close()
+            if self._writer.error is not None:
+                raise self._writer.error
+            await self._writer.flush()
+            try:
+                await self.keeper.checkpoint()
+            except NoSpace:
+                self._writer.finish_segment()
+                await self._writer.flush()
+                await self._writer.sealed_below(self._writer.next_number)
+        finally:
+            await self.keeper.close()
+            await self._writer.close()
+
+
+def _cover(offset_bytes: int, length_bytes: int) -> tuple[int, int, int]:
+    """(first block, blocks that cover the range, bytes of the first block in front of it)."""
+    first = offset_bytes >> BLOCK_SHIFT
+    count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
+    return first, count, offset_bytes & BLOCK_MASK
+
+
+def _clip(ranges: tuple[tuple[int, int], ...], offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+    """The parts of ascending ranges that lie inside another one."""
+    clipped = []
+    for start, length in ranges:
+        low, high = max(start, offset_bytes), min(start + length, offset_bytes + length_bytes)
+        if low < high:
+            clipped.append((low, high - low))
+    return clipped
