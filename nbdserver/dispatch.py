@@ -3,8 +3,9 @@
 A batch is answered in one pass: what the volume can do at once (`read_now`, `write_now`) goes into a reply area that is
 reused for every batch, and only what must wait becomes a task. Replies leave in any order (proto.md, "Ordering of
 messages and writes").
-Every request gets exactly one reply, except that Stopping gets none: the connection ends instead, and the client sends
-the request again elsewhere (clients hand an error on to their users).
+Every request gets exactly one reply, except that two kinds get none and the connection ends instead: what meets Stopping,
+and changes that were dropped because the peer has hung up. Clients hand an error on to their users; after a close they
+connect again and repeat the request.
 Spec: proto.md, "Request types", "Error values", "Structured reply types".
 """
 
@@ -354,8 +355,9 @@ class Dispatch:
                 self.held_bytes -= length
 
     def _fail(self, error: Exception, command: int, cookie: int, offset: int) -> None:
-        """Answer a request with the error that it met."""
-        if isinstance(error, errors.Stopping):
+        """Answer a request with the error that it met, unless no answer is better than an error."""
+        dropped = isinstance(error, errors.InvalidRequest) and command in CHANGING and not self._outbox.alive()
+        if dropped or isinstance(error, errors.Stopping):
             self._outbox.finish()
             return
         self.error_count += 1
