@@ -11,6 +11,7 @@ refer to, are kept.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -57,7 +58,8 @@ class Keeper:
         self.pages: dict[int, PageRef] = {}
         self.sizes: dict[int, int] = {}
         self.previous_needs: frozenset[int] = frozenset()
-        self.on_freed: list[asyncio.Future[None]] = []
+        self.on_progress: Callable[[], None] | None = None
+        """Called when a checkpoint has ended, well or not."""
         self.wanted = False
         self._task: asyncio.Task[None] | None = None
         self._failed: StoreError | None = None
@@ -184,6 +186,8 @@ class Keeper:
         finally:
             self._task = None
         disk.evict()
+        if self.on_progress is not None:
+            self.on_progress()
 
     async def _rewrite(self, output: CheckpointWriter, pages: dict[int, PageRef]) -> dict[int, PageRef]:
         """Take over the pages of old checkpoints that are mostly dead, so that those can go: their former places."""
@@ -248,10 +252,6 @@ class Keeper:
             for zone in segment.zones:
                 backend = disk.env.zones[zone].backend
                 disk.env.executor.submit(zone, backend.retire, (segment.name,), _ignored)
-        for waiter in self.on_freed:
-            if not waiter.done():
-                waiter.set_result(None)
-        self.on_freed.clear()
 
     def _delete(self, name: str, zones: tuple[int, ...]) -> None:
         for zone in zones:
