@@ -75,7 +75,7 @@ def status_text(status: Status) -> str:
     header = ("ZONE", "STATE", "USED", "FREE", "EPOCH", "PATH")
     zones = [
         (
-            zone.id,
+            zone.id[:8],
             zone.state + (f": {zone.reason}" if zone.reason else ""),
             format_size(zone.used_bytes),
             format_size(zone.free_bytes),

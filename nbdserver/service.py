@@ -69,7 +69,7 @@ async def serve(plan: ServePlan, ready: Callable[[Ready], None], opened: Callabl
     stop = asyncio.Event()
     _on_signals(asyncio.get_running_loop(), stop)
     _raise_descriptor_limit()
-    listeners, control = _places(plan)
+    listeners, control = places(plan)
     note = msgspec.json.encode(LockNote(pid=os.getpid(), control=os.fspath(control))).decode()
     store = await open_store(_all_zones(plan.zones), settings=plan.store, create=True, lock_note=note)
     opened()
@@ -140,7 +140,7 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _places(plan: ServePlan) -> tuple[list[Listener], Path]:
+def places(plan: ServePlan) -> tuple[list[Listener], Path]:
     """Listeners and control socket, the defaults filled in and their directory made."""
     directory = runtime_directory(os.environ, os.geteuid())
     if not plan.listen or plan.control is None:

@@ -1,0 +1,361 @@
+"""`sheepfold serve` and its sisters as processes, over real zones, sockets and signals."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdserver import cli_admin
+from nbdserver.cli import main
+from nbdserver.server import Listener
+from nbdserver.service import ServePlan, exposed, places
+from objstore.errors import Busy, InvalidRequest
+from objstore.units import MIB
+from objstore.volume.settings import StoreSettings
+from tests.support.nbd_client import attached, connected
+
+BLOCK = bytes(range(256)) * 16
+
+
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A session's directory for sockets, with a path short enough for their names."""
+    with tempfile.TemporaryDirectory(prefix="sheepfold-") as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        for name in ("SHEEPFOLD_CONFIG", "RUNTIME_DIRECTORY", "NOTIFY_SOCKET"):
+            monkeypatch.delenv(name, raising=False)
+        yield Path(directory)
+
+
+@pytest.fixture
+def zones(tmp_path: Path) -> list[str]:
+    return [str(tmp_path / name) for name in ("a", "b", "c")]
+
+
+class Serving:
+    """A server process and where to reach it."""
+
+    def __init__(self, process: "subprocess.Popen[str]", socket_path: Path) -> None:
+        self.process = process
+        self.address = f"unix://{socket_path}"
+
+    def exports(self, count: int) -> list[Any]:
+        """Its first lines: one JSON object per export. Ends early if the server does."""
+        assert self.process.stdout is not None
+        return [json.loads(line) for line in (self.process.stdout.readline() for _ in range(count)) if line]
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Exit code and what it had to say on stderr."""
+        self.process.send_signal(number)
+        _, complaints = self.process.communicate(timeout=60)
+        return self.process.returncode, complaints
+
+
+@contextmanager
+def serving(tmp_path: Path, zones: list[str], *more: str) -> Iterator[Serving]:
+    """`sheepfold serve` on a Unix socket; killed at the end if it still runs."""
+    socket_path = tmp_path / "nbd.sock"
+    command = [sys.executable, "-m", "nbdserver", "serve", "--json", "--listen", f"unix://{socket_path}", *more]
+    command += [word for zone in zones for word in ("--zone", zone)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield Serving(process, socket_path)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def sheepfold(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """Run a command of the client side in this process; its JSON."""
+    assert main([*arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run a command that must fail with one line; exit code and line."""
+    code = main(arguments)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return code, captured.err
+
+
+async def test_from_empty_directories_to_a_clean_stop_and_back(
+    tmp_path: Path, runtime: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:64M", "--vdi", "odd:4097", "--copies", "2") as server:
+        first, second = server.exports(2)
+        assert first == {
+            "export": "disk",
+            "size_bytes": 64 * MIB,
+            "uris": [f"nbd+unix:///disk?socket={tmp_path}/nbd.sock"],
+        }
+        assert (second["export"], second["size_bytes"]) == ("odd", 4097)
+        async with attached(server.address, "disk") as client:
+            await client.write(4096, BLOCK)
+            await client.flush()
+            status = await asyncio.to_thread(sheepfold, capsys, "status", "--zone", zones[2])
+            assert status["server"]["pid"] == server.process.pid
+            assert status["server"]["clients"] == 1
+            assert status["store"]["health"] == "ok"
+            assert [zone["path"] for zone in status["store"]["zones"]] == zones
+            shown = await asyncio.to_thread(sheepfold, capsys, "vdi", "info", "disk", "--zone", zones[0])
+            assert (shown["copies"], shown["attached"], shown["live_bytes"]) == (2, 1, 4096)
+            code, line = await asyncio.to_thread(fails, capsys, "vdi", "delete", "disk", "--zone", zones[0])
+            assert code == 5
+            assert "'disk'" in line
+        created = await asyncio.to_thread(sheepfold, capsys, "vdi", "create", "new", "1M", "--zone", zones[1])
+        assert created["copies"] == 3
+        async with connected(server.address) as client:
+            assert [name for name, _ in await client.exports()] == ["disk", "new", "odd"]
+        assert server.stop() == (0, "")
+    assert not (tmp_path / "nbd.sock").exists()
+    assert list((runtime / "sheepfold").iterdir()) == []
+
+    offline = await asyncio.to_thread(sheepfold, capsys, "status", "--zone", zones[1])
+    assert offline["server"] is None
+    assert offline["store"]["unclean_stop"] is None
+    deleted = await asyncio.to_thread(sheepfold, capsys, "vdi", "delete", "odd", "--zone", zones[1])
+    assert deleted == {"deleted": "odd"}
+    created = await asyncio.to_thread(
+        sheepfold, capsys, "vdi", "create", "off", "1K", "--mode", "unsafe", "--zone", zones[1]
+    )
+    assert created["mode"] == "unsafe"
+
+    with serving(tmp_path, zones[1:2], "--vdi", "disk:128M") as server:
+        assert [line["export"] for line in server.exports(3)] == ["disk", "new", "off"]
+        async with attached(server.address, "disk") as client:
+            assert await client.read(4096, 4096) == BLOCK
+        code, complaints = server.stop(signal.SIGINT)
+    assert code == 0
+    assert f"VDI disk has {64 * MIB} bytes" in complaints
+
+
+async def test_after_kill_the_next_server_takes_the_place(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:64M", "--default", "disk") as server:
+        server.exports(1)
+        async with attached(server.address, "") as client:
+            await client.write(0, BLOCK)
+            await client.flush()
+        assert server.stop(signal.SIGKILL) == (-signal.SIGKILL, "")
+    assert (tmp_path / "nbd.sock").exists()
+    status = await asyncio.to_thread(sheepfold, capsys, "status", "--zone", zones[0])
+    assert "may be lost" in status["store"]["unclean_stop"]
+    with serving(tmp_path, zones) as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            assert await client.read(0, 4096) == BLOCK
+        assert server.stop() == (0, "")
+
+
+async def test_a_stop_with_a_client_attached_closes_its_connection_in_order(tmp_path: Path, zones: list[str]) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:64M", "--mode", "writethrough") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            await client.write(0, BLOCK)
+            server.process.send_signal(signal.SIGTERM)
+            await client.expect_orderly_close()
+        _, complaints = await asyncio.to_thread(server.process.communicate)
+        assert (server.process.returncode, complaints) == (0, "")
+
+
+def test_a_second_server_is_refused_and_the_first_is_named(tmp_path: Path, zones: list[str]) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:1M") as first:
+        first.exports(1)
+        with serving(tmp_path, zones) as second:
+            _, complaints = second.process.communicate()
+        assert second.process.returncode == 5
+        assert complaints.count("\n") == 1
+        assert str(first.process.pid) in complaints
+        assert first.stop() == (0, "")
+
+
+def test_a_foreign_directory_is_refused_and_left_as_it_was(tmp_path: Path, zones: list[str]) -> None:
+    foreign = Path(zones[1])
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    with serving(tmp_path, zones, "--vdi", "disk:1M") as server:
+        assert server.exports(1) == []
+        _, complaints = server.process.communicate()
+        assert server.process.returncode == 2
+    assert complaints.count("\n") == 1
+    assert zones[1] in complaints
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "named"),
+    [
+        (("--default", "nope"), 2, "'nope'"),
+        (("--listen", "udp://127.0.0.1:1"), 2, "udp://127.0.0.1:1"),
+        (("--listen", "tcp://127.0.0.1:65536"), 2, "tcp://127.0.0.1:65536"),
+        (("--listen", "unix:///nowhere/nbd.sock"), 1, "unix:///nowhere/nbd.sock"),
+        (("--control", "/dev/null"), 2, "/dev/null"),
+        (("--copies", "4", "--vdi", "disk:1M"), 2, "4"),
+    ],
+)
+def test_what_cannot_be_served_is_named(
+    tmp_path: Path, zones: list[str], more: tuple[str, ...], code: int, named: str
+) -> None:
+    with serving(tmp_path, zones, *more) as server:
+        _, complaints = server.process.communicate()
+    assert server.process.returncode == code
+    assert complaints.count("\n") == 1
+    assert complaints.startswith("sheepfold: error: ")
+    assert named in complaints
+
+
+def test_a_configuration_file_says_it_all(tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sheepfold.toml"
+    path.write_text(
+        'zones = ["a", "b", "c"]\ndefault = "disk"\n[vdi.disk]\nsize = "1M"\nmode = "unsafe"\n'
+        "[server]\nextended_headers = false\n"
+    )
+    with serving(tmp_path, [], "--config", str(path), "--vdi", "second:1K") as server:
+        assert [line["export"] for line in server.exports(2)] == ["disk", "second"]
+        vdis = sheepfold(capsys, "vdi", "list", "--config", str(path))
+        assert [(vdi["name"], vdi["mode"]) for vdi in vdis] == [("disk", "unsafe"), ("second", "writeback")]
+        assert server.stop() == (0, "")
+
+
+def test_the_service_manager_hears_of_start_and_stop(
+    tmp_path: Path, zones: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with serving(tmp_path, zones, "--vdi", "disk:1M") as server:
+            server.exports(1)
+            assert manager.recv(100) == b"READY=1"
+            assert server.stop() == (0, "")
+            assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_commands_for_people(tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:1M") as server:
+        server.exports(1)
+        for arguments, words in (
+            (["status"], ["health:", "ok", f"process {server.process.pid}", server.address, zones[2]]),
+            (["vdi", "list"], ["NAME", "disk", "1M", "writeback"]),
+            (["vdi", "info", "disk"], ["1M (1048576 bytes)", "closed"]),
+            (["vdi", "create", "x", "1.5K"], ["1.5K (1536 bytes)"]),
+            (["vdi", "delete", "x"], ["deleted x"]),
+        ):
+            assert main([*arguments, "--zone", zones[0]]) == 0
+            shown = capsys.readouterr().out
+            assert all(word in shown for word in words), shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (("vdi", "info", "nope"), 3, "'nope'"),
+        (("vdi", "delete", "nope"), 3, "'nope'"),
+        (("vdi", "create", "disk", "1M"), 4, "'disk'"),
+        (("vdi", "create", "x", "1M", "--copies", "9"), 2, "9"),
+        (("vdi", "create", "x", "8192T", "--prealloc"), 6, "8192T"),
+    ],
+)
+def test_the_same_error_with_and_without_a_server(
+    tmp_path: Path,
+    zones: list[str],
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    code: int,
+    named: str,
+) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:1M") as server:
+        server.exports(1)
+        online = fails(capsys, *arguments, "--zone", zones[0])
+        assert server.stop() == (0, "")
+    assert online[0] == code
+    assert named in online[1]
+    assert fails(capsys, *arguments, "--zone", zones[0]) == online
+
+
+@pytest.mark.parametrize("place", ["missing", "empty", "foreign"])
+def test_a_place_without_a_store_is_named_and_left_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    directory = tmp_path / place
+    if place != "missing":
+        directory.mkdir()
+    if place == "foreign":
+        (directory / "file").write_text("")
+    code, line = fails(capsys, "vdi", "list", "--zone", str(directory))
+    assert code in (2, 3)
+    assert str(directory) in line
+    assert directory.exists() == (place != "missing")
+    assert place == "missing" or len(list(directory.iterdir())) == (place == "foreign")
+
+
+def test_zones_that_somebody_holds_without_answering_are_busy(
+    zones: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli_admin, "WAIT_SECONDS", 0.0)
+    with serving(tmp_path, zones, "--vdi", "disk:1M") as server:
+        server.exports(1)
+        assert server.stop() == (0, "")
+    paths = [Path(zone) for zone in zones]
+    with (
+        cli_admin.OfflineAdmin(paths, StoreSettings()),
+        pytest.raises(Busy, match=f"process {os.getpid()}"),
+        cli_admin.open_admin(paths[:1], StoreSettings()),
+    ):
+        raise AssertionError("two owners")
+
+
+def test_default_listeners_and_control_socket(tmp_path: Path, runtime: Path) -> None:
+    listeners, control = places(ServePlan(zones=[tmp_path / "a"]))
+    directory = runtime / "sheepfold"
+    assert [str(listener) for listener in listeners] == [f"unix://{directory}/sheepfold.sock", "tcp://127.0.0.1:10809"]
+    assert control.parent == directory
+
+
+def test_nothing_is_made_where_every_place_is_given(tmp_path: Path, runtime: Path) -> None:
+    control = tmp_path / "control.sock"
+    plan = ServePlan(zones=[tmp_path / "a"], listen=["tcp://[::1]:10810"], control=control)
+    assert places(plan) == ([Listener(host="::1", port=10810)], control)
+    assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "disk", "unix://relative", "unix:///a?b", "unix:///a#b", "tcp://", "tcp://h:x"])
+def test_listeners_that_mean_nothing_are_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        places(ServePlan(zones=[tmp_path], listen=[text], control=tmp_path / "c"))
+    assert f"listener {text}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("listen", "warned"),
+    [
+        ("unix:///run/x.sock", False),
+        ("tcp://127.0.0.1:1", False),
+        ("tcp://127.9.9.9:1", False),
+        ("tcp://[::1]:1", False),
+        ("tcp://localhost:1", False),
+        ("tcp://0.0.0.0:1", True),
+        ("tcp://[::]:1", True),
+        ("tcp://192.0.2.1:1", True),
+        ("tcp://storage.example:1", True),
+    ],
+)
+def test_a_listener_for_other_hosts_is_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], listen: str, warned: bool
+) -> None:
+    assert exposed(Listener.parse(listen)) == warned
+    places(ServePlan(zones=[tmp_path], listen=[listen], control=tmp_path / "c"))
+    warning = capsys.readouterr().err
+    assert ("no TLS" in warning and listen in warning) == warned
