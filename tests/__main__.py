@@ -53,7 +53,7 @@ def set_up() -> None:
         return
     print(f"setting up {VENV}", flush=True)
     quiet = ("--quiet", "--disable-pip-version-check")
-    run(sys.executable, "-m", "venv", "--clear", VENV)
+    run(sys.executable, "-m", "venv", VENV)
     run(PYTHON, "-m", "pip", "install", *quiet, "--require-hashes", "-r", LOCK)
     run(PYTHON, "-m", "pip", "install", *quiet, "--no-deps", "--no-build-isolation", "-e", ROOT)
     STAMP.write_text(wanted)
