@@ -54,6 +54,10 @@ JOB_BYTES_MAX: Final = 16 << 20
 COPY_OUT_BLOCKS_MAX: Final = 17
 """Records up to 64 KiB of data are copied out of their 1 MiB buffer when they are cut: a write + flush at a time would
 otherwise hold a whole buffer each."""
+PREPARED_MAX: Final = 6
+PREPARED_AT_ONCE: Final = 2
+"""Segments set aside ahead of a busy log: one more each time a write had to wait for one, one less each time the log
+was idle. Making one takes a journal commit for its name, about as long as filling it at full speed."""
 SPLIT_BLOCKS_MIN: Final = 64
 """A request that doesn't fit the rest of a segment is split only if at least this much of it goes there."""
 
@@ -316,6 +320,8 @@ class LogWriter:
         while not self._prepared:
             if self.error is not None:
                 raise self.error
+            if self.segment is not None:
+                self.prepared_target = min(self.prepared_target + 1, PREPARED_MAX)
             self._prepare(reserve_bytes)
             waiter: asyncio.Future[None] = self.env.loop.create_future()
             self._room_waiters.append(waiter)
@@ -331,8 +337,17 @@ class LogWriter:
     async def _prepare_ahead(self, reserve_bytes: int) -> None:
         try:
             while len(self._prepared) < self.prepared_target and self.error is None and not self._closed:
-                await self._prepare_one(reserve_bytes)
+                # Segments are used in the order of their numbers, so those made together become ready together.
+                missing = self.prepared_target - len(self._prepared)
+                made = await asyncio.gather(
+                    *(self._prepare_one(reserve_bytes) for _ in range(min(missing, PREPARED_AT_ONCE))),
+                    return_exceptions=True,
+                )
+                self._prepared += [segment for segment in made if isinstance(segment, Segment)]
                 self._wake_room()
+                for failure in made:
+                    if isinstance(failure, BaseException):
+                        raise failure
         except NoSpace as error:
             self.space_error = error
         except StoreError as error:
@@ -341,7 +356,7 @@ class LogWriter:
             self._preparing = None
             self._wake_room()
 
-    async def _prepare_one(self, reserve_bytes: int) -> None:
+    async def _prepare_one(self, reserve_bytes: int) -> Segment:
         number = self.next_number
         self.next_number += 1
         env = self.env
@@ -384,8 +399,7 @@ class LogWriter:
             )
         await pending
         if not errors:
-            self._prepared.append(segment)
-            return
+            return segment
         segment.close_handles()
         for zone in zones:
             env.executor.submit(zone, env.zones[zone].backend.delete, (segment.name,), lambda _, error: None)
@@ -613,6 +627,8 @@ class LogWriter:
 
     def _aged(self) -> None:
         self._age_timer = None
+        if self.sync_position < self._first_position:
+            self.prepared_target = max(1, self.prepared_target - 1)
         self.request_sync()
 
     def request_sync(self) -> None:
