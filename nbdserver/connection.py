@@ -369,6 +369,8 @@ class Connection:
                     if self._finishing:
                         self._check_end()
                         return False
+                    if transmission.empty and not self._blocked():
+                        return True
                 elif transmission.disconnected:
                     self.finish()
                     return False

@@ -77,6 +77,11 @@ class Transmission:
         """In the middle of a payload that has a buffer of its own."""
         return self._buffer is not None
 
+    @property
+    def empty(self) -> bool:
+        """Nothing is left to look at: no bytes, no payload, no end."""
+        return self._start == self._end and self._head is None and not self._parked and not self.disconnected
+
     def feed(self, data: bytes) -> None:
         """Take bytes that were received before this phase began (behind the last option)."""
         self._parked += data

@@ -139,7 +139,7 @@ def _transmission_seeds() -> list[bytes]:
         stream = b"".join(
             pack(command, 0, command, 4096, 512, extended=extended) for command in Command if command not in (1, 2)
         )
-        for length in (0, 512, 1 << 17):
+        for length in (0, 512, 70_000):
             stream += pack(Command.WRITE, flags, 1, length, length, extended=extended) + bytes(length)
         seeds.append(bytes((200, int(extended))) + stream + pack(Command.DISC, 0, 9, 0, 0, extended=extended))
     return seeds
