@@ -71,9 +71,11 @@ class ServerSettings:
     stop_seconds: float = 30.0
     """How long a stop waits for requests in flight and for clients to take their replies."""
     busy_poll_seconds: float = 50e-6
-    """How long the only active client is polled for its next request before the loop sleeps."""
+    """How long the only active client is polled for its next request before the loop sleeps. 4 KiB reads at depth 1
+    with an idle core left: 30 k/s with 50 us of it, 16 k/s without; no difference on busy cores."""
     socket_buffer_bytes: int = 1 * MIB
-    """Send buffer of Unix sockets. TCP sizes its own."""
+    """Send buffer of Unix sockets, 0 = the system's default. TCP sizes its own. 1 MiB reads at depth 8: 3.3 GB/s with
+    256 KiB or 1 MiB, 2.9 with the default, 2.8 with 4 MiB."""
 
 
 class ClientInfo(NamedTuple):
