@@ -12,6 +12,8 @@ from tests.support.serving import MIB, Disk, Served, serve_peer
 
 PEERS = ("nbdkit", "qemu-nbd")
 DEFAULT_KINDS = tuple(KINDS)
+HANDSHAKE_SECONDS = 300.0
+"""Longer than the client's patience: where a test waits for a close, the deadline must not be what closes."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def serving(kind: str, disks: list[Disk], directory: Path) -> AbstractAsyncContextManager[Served]:
     """A server of a kind; foreign ones have one plain disk only."""
     if kind not in PEERS:
-        return serve(disks, directory, kind=kind)
+        return serve(disks, directory, kind=kind, handshake_seconds=HANDSHAKE_SECONDS)
     if len(disks) > 1:
         pytest.skip("this server has one disk only")
     return serve_peer(kind, disks[0], directory)

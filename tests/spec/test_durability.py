@@ -68,6 +68,28 @@ async def test_fua_reaches_the_volume(volume: ScriptedVolume, served: OurServed,
     assert volume.fua_commands == ([KIND[command]] if fua else [])
 
 
+@pytest.mark.parametrize("no_hole", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+async def test_flags_of_write_zeroes_reach_the_volume(
+    volume: ScriptedVolume, served: OurServed, no_hole: bool, fast: bool
+) -> None:
+    """NBD_CMD_FLAG_NO_HOLE and NBD_CMD_FLAG_FAST_ZERO are the volume's to keep; each alone, both, or none."""
+    flags = (CommandFlag.NO_HOLE if no_hole else 0) | (CommandFlag.FAST_ZERO if fast else 0)
+    async with served.attached() as client:
+        assert (await client.call(Command.WRITE_ZEROES, 0, PAGE, flags=flags)).error == Err.OK
+    assert volume.zero_flags == [(no_hole, fast)]
+
+
+async def test_slow_fast_zero_is_enotsup(volume: ScriptedVolume, served: OurServed) -> None:
+    """NBD_CMD_FLAG_FAST_ZERO: MUST be NBD_ENOTSUP, nothing changed, where zeroing needs a write: parts of blocks."""
+    async with served.attached() as client:
+        await client.write(0, b"d" * PAGE)
+        reply = await client.call(Command.WRITE_ZEROES, 10, 100, flags=CommandFlag.FAST_ZERO)
+        assert reply.error == Err.ENOTSUP
+        assert await client.read(0, PAGE) == b"d" * PAGE
+        assert (await client.call(Command.WRITE_ZEROES, 10, 100)).error == Err.OK
+
+
 async def test_flush_reaches_the_volume(volume: ScriptedVolume, served: OurServed) -> None:
     """NBD_CMD_FLUSH is never answered without the volume: there is no such thing as nothing to flush."""
     async with served.attached() as client:

@@ -140,3 +140,11 @@ async def test_simple_read_error_has_no_payload(simple: NbdClient) -> None:
     await simple.wait_all([reply, follower])
     assert reply.error == Err.EINVAL
     assert follower.data == bytes(16)
+
+
+async def test_df_without_structured_replies(simple: NbdClient) -> None:
+    """NBD_CMD_FLAG_DF: the flag MUST NOT be set unless NBD_FLAG_SEND_DF was; here it gets NBD_EINVAL, no payload."""
+    reply = await simple.call(Command.READ, 0, PAGE, flags=CommandFlag.DF)
+    assert reply.error == Err.EINVAL
+    assert not reply.data
+    await simple.still_serves()

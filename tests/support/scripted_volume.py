@@ -16,7 +16,7 @@ class ScriptedVolume(MemoryVolume):
 
     hold() makes every request wait until release(), or release_only for requests of one kind ("read", "write", "trim",
     "zero", "flush", "cache", "extents"); arrived() waits for them. failure is raised by each request.
-    fua_commands: the kinds of the requests that came with FUA, in order.
+    fua_commands: the kinds of the requests that came with FUA, in order. zero_flags: (no_hole, fast) of each zero.
     damage: ranges whose bytes are lost; a read over one fills the rest, scribbles on it and raises Corrupt.
     """
 
@@ -26,6 +26,7 @@ class ScriptedVolume(MemoryVolume):
         self.damage: list[tuple[int, int]] = []
         self.flush_count = 0
         self.fua_commands: list[str] = []
+        self.zero_flags: list[tuple[bool, bool]] = []
         self._held: set[str] = set()
         self._waiting = 0
         self._changed = asyncio.Condition()
@@ -117,6 +118,7 @@ class ScriptedVolume(MemoryVolume):
         fua: bool = False,
         alive: Callable[[], bool] = always,
     ) -> None:
+        self.zero_flags.append((no_hole, fast))
         await self._pass("zero", fua=fua)
         await super().zero(offset_bytes, length_bytes, no_hole=no_hole, fast=fast, alive=alive)
 
