@@ -47,21 +47,23 @@ class PowerCutDisk:
             stdout=self._errors,
             stderr=self._errors,
         )
-        self._control = socket.socket(socket.AF_UNIX)
+        self._control = control
         deadline = time.monotonic() + START_SECONDS_MAX
         while True:
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                self._control.connect(str(control))
+                self.stat()
                 break
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise OSError(f"powercut_fs did not start: {Path(self._errors.name).read_text()}")
             time.sleep(0.02)
-        self._answers = self._control.makefile("rb")
 
     def tell(self, **command: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer."""
-        self._control.sendall(json.dumps(command).encode() + b"\n")
-        line = self._answers.readline()
+        """Send one command and wait for its answer. From any thread: each command has a connection of its own."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self._control))
+            connection.sendall(json.dumps(command).encode() + b"\n")
+            with connection.makefile("rb") as answers:
+                line = answers.readline()
         if not line:
             raise OSError(f"powercut_fs ended: {Path(self._errors.name).read_text()}")
         answer: dict[str, Any] = json.loads(line)
@@ -106,8 +108,6 @@ class PowerCutDisk:
     def close(self) -> None:
         """Unmount and end the process."""
         wire.unmount(str(self.root))
-        self._answers.close()
-        self._control.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
