@@ -27,7 +27,7 @@ from objstore.log.blockmap import (
 from objstore.log.regions import RunTable, decode_region, runs_of
 from objstore.units import REGION_BLOCKS
 
-REGIONS = 5
+REGIONS = 4
 BLOCKS = REGIONS * REGION_BLOCKS
 
 
@@ -62,7 +62,9 @@ class MapMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
+        # Small enough that every form and both ways through each of these come up all the time.
         self.patch.setattr(blockmap, "FILL_TALLY_MAX", 2)
+        self.patch.setattr(blockmap, "INSERT_RUNS_MAX", 4)
         self.patch.setattr(blockmap, "BATCH_MAX", 64)
         self.patch.setattr(blockmap, "DENSE_RUNS_MIN", 6)
         self.map = BlockMap()
@@ -107,7 +109,7 @@ class MapMachine(RuleBasedStateMachine):
             self.account(live(flat(runs_of(decode_region(self.pages[ref]), 0, REGION_BLOCKS))))
         self.map.dropped_refs.clear()
 
-    @initialize(record_blocks=st.sampled_from([0, 0, 20, 255, 4000]), count=st.integers(1, BLOCKS))
+    @initialize(record_blocks=st.sampled_from([0, 4, 20, 255, 4000]), count=st.integers(1, BLOCKS))
     def sequential_fill(self, record_blocks: int, count: int) -> None:
         first = 0
         while record_blocks and first < count:
@@ -163,13 +165,20 @@ class MapMachine(RuleBasedStateMachine):
         self.account_dropped()
         self.entries[first:] = [HOLE] * (BLOCKS - first)
 
-    @rule(data=st.data(), around=places, width=lengths, count=st.integers(1, 200))
-    def replay(self, data: st.DataObject, around: int, width: int, count: int) -> None:
-        seed = data.draw(st.integers(0, 1 << 32))
-        random = np.random.default_rng(seed)
-        lbas = random.integers(around, min(around + width, BLOCKS), count).astype(np.uint64)
-        if seed % 3 == 0:
+    @rule(
+        seed=st.integers(0, 1 << 32),
+        around=places,
+        width=lengths,
+        count=st.one_of(st.integers(1, 12), st.integers(1, 200)),
+        order=st.sampled_from(["random", "sorted", "sequential"]),
+    )
+    def replay(self, seed: int, around: int, width: int, count: int, order: str) -> None:
+        lbas = np.random.default_rng(seed).integers(around, min(around + width, BLOCKS), count).astype(np.uint64)
+        if order == "sorted":
             lbas.sort()
+        elif order == "sequential":
+            count = min(width, 200, BLOCKS - around)
+            lbas = np.arange(around, around + count, dtype=np.uint64)
         entry = self.allocate(count)
         entries = u64(list(range(entry, entry + count)))
         self.load(self.map.missing_blocks(lbas))
@@ -256,6 +265,14 @@ class MapMachine(RuleBasedStateMachine):
             self.frozen_table[region] = PageRef(self.checkpoint, region, len(page)) if page else None
             self.pages[PageRef(self.checkpoint, region, len(page))] = page
         self.commit()
+
+    @precondition(lambda self: self.frozen is None)
+    @rule()
+    def checkpoint_and_evict(self) -> None:
+        self.checkpoint_at_once()
+        for region, ref in self.table.items():
+            if not isinstance(self.map.regions[region], PageRef):
+                assert self.map.evict(region, ref)
 
     @precondition(lambda self: self.frozen is not None)
     @rule()
@@ -354,7 +371,7 @@ class MapMachine(RuleBasedStateMachine):
         assert first == BLOCKS
 
 
-MapMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+MapMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestMapMachine = MapMachine.TestCase
 
 
@@ -373,6 +390,21 @@ def take_all(frozen: Frozen) -> dict[int, bytes]:
 
 def entries_of(page: bytes) -> list[int]:
     return flat(runs_of(decode_region(page), 0, REGION_BLOCKS))
+
+
+@pytest.mark.parametrize("how", ["assign", "fill", "drop"])
+def test_single_writes_go_to_what_replaced_an_array(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockmap, "FILL_TALLY_MAX", 9 if how == "fill" else 0)
+    blocks = BlockMap()
+    scattered(blocks, 0)
+    if how == "assign":
+        blocks.assign(0, pack(5, 5, 5), REGION_BLOCKS)
+    else:
+        blocks.fill(0, REGION_BLOCKS, RESERVED)
+    old = blocks.lookup(7)
+    assert blocks.set_one(7, pack(6, 6, 6)) == old
+    assert blocks.lookup(7) == pack(6, 6, 6)
+    assert blocks.lookup(8) == (pack(5, 5, 13) if how == "assign" else RESERVED)
 
 
 class TestCheckpoint:
@@ -471,6 +503,15 @@ class TestCheckpoint:
         frozen = blocks.freeze()
         assert frozen.take(4) == b""
         assert blocks.dropped_refs == [(4, PageRef(1, 2, 3))]
+
+    def test_a_change_outlives_the_smallest_form_of_what_was_frozen(self) -> None:
+        blocks = BlockMap()
+        for index in range(0, 40, 2):
+            blocks.set_one(index, pack(1, 1, index + 1))
+        frozen = blocks.freeze()
+        blocks.set_one(1, pack(1, 2, 1))
+        assert HOLE in entries_of(frozen.take(0))[:2]
+        assert blocks.lookup(1) == pack(1, 2, 1)
 
     def test_a_sparse_array_is_kept_in_its_smallest_form(self) -> None:
         blocks = BlockMap()
@@ -616,18 +657,25 @@ class TestLargeDisks:
         assert blocks.dropped_refs == [(7, PageRef(1, 0, 8))]
         assert sum(blocks.count_dropped(9).values()) == 128
 
+    def test_replay_of_a_sequential_fill_gives_one_run_a_region(self) -> None:
+        blocks = BlockMap()
+        lbas = np.arange(500, 500 + 3 * REGION_BLOCKS, dtype=np.uint64)
+        blocks.apply_writes(lbas, lbas + np.uint64(pack(2, 1, 1)))
+        assert blocks.runs(0, 500 + 3 * REGION_BLOCKS) == [(HOLE, 500), (pack(2, 1, 501), 3 * REGION_BLOCKS)]
+        assert [type(blocks.regions[region]) for region in range(4)] == [RunTable, int, int, RunTable]
+
     def test_replay_of_few_writes_to_many_regions_makes_no_arrays(self) -> None:
         blocks = BlockMap()
         for region in range(0, 300, 3):
-            blocks.assign(region * REGION_BLOCKS, pack(1, region, 1), REGION_BLOCKS)
+            blocks.assign(region * REGION_BLOCKS, pack(1, region, 1), 2 * REGION_BLOCKS)
         lbas = np.random.default_rng(1).integers(0, 300 * REGION_BLOCKS, 1500).astype(np.uint64)
         entries = np.arange(pack(2, 1, 1), pack(2, 1, 1501), dtype=np.uint64)
         expected = dict(zip(lbas.tolist(), entries.tolist(), strict=True))
         blocks.apply_writes(lbas, entries)
         assert array not in set(map(type, blocks.regions.values()))
         for block in range(300 * REGION_BLOCKS):
-            region, index = divmod(block, REGION_BLOCKS)
-            old = HOLE if region % 3 else pack(1, region, 1 + index)
+            index = block % (3 * REGION_BLOCKS)
+            old = HOLE if index >= 2 * REGION_BLOCKS else pack(1, block // (3 * REGION_BLOCKS) * 3, 1 + index)
             assert blocks.lookup(block) == expected.get(block, old)
 
 
