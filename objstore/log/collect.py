@@ -48,6 +48,7 @@ SHARE_MAX: Final = 0.93
 """No victim above this share: a dense segment has 0.97."""
 SHARE_FULL_MAX: Final = 0.97
 VICTIMS_AT_ONCE: Final = 8
+IDLE_ROUNDS_MAX: Final = 3
 MOVE_BLOCKS_MAX: Final = 160
 """Single blocks moved by one record: 24 bytes of header page each, so 99 % of a collected segment is data."""
 
@@ -65,6 +66,9 @@ class Collector:
         self._unmovable: set[int] = set()
         self._wake = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
+        self._round_waiters: list[asyncio.Future[None]] = []
+        self._pressed = 0
+        """Callers of `reclaim`: any victim will do."""
         self._closed = False
         self._task = disk.env.loop.create_task(self._run())
 
@@ -96,6 +100,31 @@ class Collector:
             self._waiters.append(waiter)
             await waiter
 
+    async def reclaim(self) -> bool:
+        """The zones are full: wait until something of this disk was freed. False: nothing can be."""
+        keeper, disk = self.keeper, self.disk
+        before = keeper.freed
+        last: tuple[int, ...] = ()
+        idle = 0
+        self._pressed += 1
+        try:
+            while keeper.freed == before:
+                if self._closed or disk.writer.error is not None or not self._worthwhile():
+                    return False
+                now = (keeper.number, disk.total_blocks, disk.dead_blocks)
+                idle = idle + 1 if now == last else 0
+                if idle >= IDLE_ROUNDS_MAX:
+                    return False
+                last = now
+                waiter: asyncio.Future[None] = disk.env.loop.create_future()
+                self._round_waiters.append(waiter)
+                self._wake.set()
+                await waiter
+                await keeper.settled()
+        finally:
+            self._pressed -= 1
+        return True
+
     async def _run(self) -> None:
         while not self._closed:
             await self._wake.wait()
@@ -103,11 +132,33 @@ class Collector:
             try:
                 while not self._closed and self.disk.writer.error is None and await self._round():
                     self._judge()
-                if self.disk.dead and not self._closed:
-                    self.keeper.hurry(now=self.tight or self.disk.writer.space_error is not None)
             except StoreError as error:
                 log.warning("collection stopped until the next boundary log=%d: %s", self.disk.log, error)
+            try:
+                await self._urge()
+            except StoreError as error:
+                log.warning("segments could not be sealed log=%d: %s", self.disk.log, error)
             self._judge()
+            self._end_round()
+        self._end_round()
+
+    async def _urge(self) -> None:
+        """Nothing to collect just now: see that what stands in the way of freeing space gets done."""
+        writer = self.disk.writer
+        urgent = self.tight or self._pressed > 0
+        if self._closed or writer.error is not None:
+            return
+        if self.disk.dead:
+            self.keeper.hurry(now=urgent or self._owed())
+        if urgent and any(number < writer.tail_number for number in writer.unsealed):
+            await writer.sealed_below(writer.tail_number)
+            self._wake.set()
+
+    def _end_round(self) -> None:
+        for waiter in self._round_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._round_waiters.clear()
 
     # -- choosing -----------------------------------------------------------------------------------------------
 
@@ -115,7 +166,12 @@ class Collector:
         disk = self.disk
         blocks = disk.total_blocks + disk.dead_blocks
         wanted = disk.live_total * SPACE_START + SLACK_SEGMENTS * disk.writer.segment_blocks
-        return blocks > wanted or disk.writer.space_error is not None
+        return blocks > wanted or self._pressed > 0
+
+    def _owed(self) -> bool:
+        """So much waits for checkpoints before it is freed that collecting more would only take more space."""
+        disk = self.disk
+        return disk.dead_blocks > max(4 * disk.writer.segment_blocks, disk.live_total // 8)
 
     def _victims(self) -> list[Segment]:
         """The best victims now, emptiest first; only dead ones unless space is wanted."""
@@ -123,7 +179,7 @@ class Collector:
         below = min(disk.writer.unsealed, default=disk.writer.tail_number)
         share_max = 0.0
         if self._crowded():
-            share_max = SHARE_FULL_MAX if disk.writer.space_error is not None else SHARE_MAX
+            share_max = SHARE_FULL_MAX if self._pressed else SHARE_MAX
         found = [
             (segment.live / segment.blocks, number, segment)
             for number, segment in disk.segments.items()
@@ -135,11 +191,11 @@ class Collector:
     async def _round(self) -> bool:
         """Collect a few victims; False when there is nothing to do."""
         await self._count_dropped()
-        victims = self._victims()
+        victims = [] if self._owed() else self._victims()
         if not victims:
             return False
         for segment in victims:
-            if segment.live and not self._crowded():
+            if segment.live and (self._owed() or not self._crowded()):
                 return False
             if self._closed or not await self._collect(segment):
                 return False

@@ -58,8 +58,10 @@ class Keeper:
         self.pages: dict[int, PageRef] = {}
         self.sizes: dict[int, int] = {}
         self.previous_needs: frozenset[int] = frozenset()
+        self.freed = 0
+        """Segments whose files are gone, since the disk was opened."""
         self.on_progress: Callable[[], None] | None = None
-        """Called when a checkpoint has ended, well or not."""
+        """Called when a checkpoint has ended, well or not, and when a segment's files are gone."""
         self.wanted = False
         self._task: asyncio.Task[None] | None = None
         self._failed: StoreError | None = None
@@ -249,13 +251,29 @@ class Keeper:
             disk.dead_blocks -= segment.blocks
             disk.env.segments.pop(segment.key, None)
             segment.close_handles()
+            left = len(segment.zones)
+
+            def gone(result: object, error: BaseException | None) -> None:
+                nonlocal left
+                left -= 1
+                _ignored(result, error)
+                if not left:
+                    self.freed += 1
+                    if self.on_progress is not None:
+                        self.on_progress()
+
             for zone in segment.zones:
                 backend = disk.env.zones[zone].backend
-                disk.env.executor.submit(zone, backend.retire, (segment.name,), _ignored)
+                disk.env.executor.submit(zone, backend.retire, (segment.name,), gone)
 
     def _delete(self, name: str, zones: tuple[int, ...]) -> None:
         for zone in zones:
             self.disk.env.executor.submit(zone, self.disk.env.zones[zone].backend.delete, (name,), _ignored)
+
+    async def settled(self) -> None:
+        """Wait for the checkpoint under way, if any."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     async def close(self) -> None:
         """Wait for the checkpoint under way; begin no other."""

@@ -207,7 +207,11 @@ class Vdi:
                 blocks = count if isinstance(what, memoryview) else 0
                 room = writer.room(blocks)
                 if not room:
-                    await writer.make_room(self._env.reserve_bytes if blocks else 0)
+                    try:
+                        await writer.make_room(self._env.reserve_bytes if blocks else 0)
+                    except NoSpace:
+                        if not await self.collector.reclaim():
+                            raise
                     continue
                 if not begun and not alive():
                     raise InvalidRequest("the connection that asked for this is gone")
