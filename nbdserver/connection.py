@@ -17,79 +17,30 @@ Every attribute is changed in the event loop only.
 import asyncio
 import contextlib
 import logging
-import os
 import select
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final
 
 from nbdserver.buffers import Buffer, BufferPool
 from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, open_volume
 from nbdserver.exports import Exports
-from nbdserver.handshake import OPTIONS_MAX, Enter, Handshake, State
+from nbdserver.handshake import Enter, Handshake, State
+from nbdserver.sending import Sender
+from nbdserver.settings import ClientInfo, ServerSettings
 from nbdserver.transmission import RECEIVE_BYTES, Transmission
 from nbdserver.wire import replies
 from nbdserver.wire.constants import ProtocolError
-from objstore.units import KIB, MIB
+from objstore.units import KIB
 from objstore.volume.base import REQUEST_BYTES_MAX, Volume, VolumeInfo
 
 log = logging.getLogger(__name__)
 
-IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
 HUNG_UP: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
 ROUNDS_MAX: Final = 16
 """Receives of one wake-up before the other connections get their turn."""
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What can be configured of the network side. Memory: besides buffer_bytes_max in all, a connection holds at most
-    about 512 KiB of its own (bytes it sent ahead, replies it did not take)."""
-
-    default_export: str | None = None
-    """What the empty export name means; None: the only export, if there is only one."""
-    extended_headers: bool = True
-    connections_max: int = 1024
-    handshake_seconds: float = 10.0
-    options_max: int = OPTIONS_MAX
-    requests_in_flight_max: int = 128
-    """Requests of one connection that wait for the volume."""
-    held_bytes_max: int = 64 * MIB
-    """Data of those requests; one request may always be in flight, whatever its size."""
-    reply_bytes_max: int = 2 * MIB
-    """Replies that a client has not taken before its requests are no longer read; one reply may always be pending."""
-    buffer_bytes_max: int = 256 * MIB
-    """Buffers for long payloads and replies, all connections together."""
-    stall_seconds: float = 10.0
-    """A connection that moves no byte for so long while it holds buffers that others wait for is closed."""
-    linger_seconds: float = 1.0
-    stop_seconds: float = 30.0
-    """How long a stop waits for requests in flight and for clients to take their replies."""
-    busy_poll_seconds: float = 50e-6
-    """How long the only active client is polled for its next request before the loop sleeps. 4 KiB reads at depth 1
-    with an idle core left: 30 k/s with 50 us of it, 16 k/s without; no difference on busy cores."""
-    socket_buffer_bytes: int = 1 * MIB
-    """Send buffer of Unix sockets, 0 = the system's default. TCP sizes its own. 1 MiB reads at depth 8: 3.3 GB/s with
-    256 KiB or 1 MiB, 2.9 with the default, 2.8 with 4 MiB."""
-
-
-class ClientInfo(NamedTuple):
-    """A connection as the control API shows it. connected_seconds: age. Bytes are those of the socket."""
-
-    peer: str
-    export: str | None
-    state: str
-    connected_seconds: float
-    request_count: int
-    error_count: int
-    in_flight: int
-    received_bytes: int
-    sent_bytes: int
 
 
 class Common:
@@ -113,8 +64,6 @@ class Connection:
         self.peer = peer
         self.export: str | None = None
         self.volume: Volume | None = None
-        self.stalled_since: float | None = None
-        """Monotonic time since which the client has moved no byte although we wait for it; None: we do not."""
         self._sock = sock
         self._common = common
         self._settings = common.settings
@@ -130,18 +79,20 @@ class Connection:
         self._hang_up.register(sock.fileno(), HUNG_UP)
         self._readable = select.poll()
         self._readable.register(sock.fileno(), select.POLLIN)
-        self._queue: deque[tuple[memoryview, Buffer | None, int]] = deque()
-        self._unsent_bytes = 0
+        self._sender = Sender(sock, common.pool, common.reply_area, lost=self._lost, moved=self._moved)
         self._reading = False
-        self._writing = False
-        self._in_batch = False
-        self._send_scheduled = False
+        self._payload_since: float | None = None
         self._finishing = False
         self._dead = False
         self._memory_wait: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._received_bytes = 0
-        self._sent_bytes = 0
+
+    @property
+    def stalled_since(self) -> float | None:
+        """Monotonic time of the last byte that the client took or sent although we wait for it; None: we do not."""
+        waiting_since = self._sender.waiting_since
+        return self._payload_since if waiting_since is None else waiting_since
 
     def info(self) -> ClientInfo:
         """A snapshot for people and tools."""
@@ -155,7 +106,7 @@ class Connection:
             dispatch.error_count if dispatch else 0,
             dispatch.in_flight if dispatch else 0,
             self._received_bytes,
-            self._sent_bytes,
+            self._sender.sent_bytes,
         )
 
     async def run(self) -> None:
@@ -262,7 +213,7 @@ class Connection:
         output = self._handshake.take_output()
         if output:
             await self._loop.sock_sendall(self._sock, output)
-            self._sent_bytes += len(output)
+            self._sender.sent_bytes += len(output)
 
     async def _open(self, name: str) -> VolumeInfo | None:
         """Open the volume behind an export and tell the handshake what came of it."""
@@ -330,8 +281,7 @@ class Connection:
                 self.finish()
                 return
             self._received_bytes += length
-            if not self._writing:
-                self.stalled_since = None
+            self._payload_since = None
             transmission.received(length)
             if not self._advance():
                 return
@@ -342,7 +292,7 @@ class Connection:
     def _next_comes_soon(self) -> bool:
         """Poll for at most busy_poll_seconds. Not while something of this connection waits for the loop."""
         assert self._dispatch is not None
-        if self._writing or self._dispatch.in_flight:
+        if self._sender.waiting_since is not None or self._dispatch.in_flight:
             return False
         poll = self._readable.poll
         deadline = time.monotonic() + self._settings.busy_poll_seconds
@@ -355,17 +305,17 @@ class Connection:
         """Answer what has been received. False: receive no more for now (everything is parked, reading is paused)."""
         transmission = self._transmission
         dispatch = self._dispatch
+        sender = self._sender
         assert transmission is not None
         assert dispatch is not None
         try:
             while not self._blocked():
                 batch = transmission.requests(BATCH_REQUESTS_MAX, BATCH_READ_BYTES_MAX)
                 if batch:
-                    self._in_batch = True
+                    sender.in_batch = True
                     dispatch.run(batch)
-                    self._in_batch = False
-                    if self._queue and not self._writing:
-                        self._send()
+                    sender.in_batch = False
+                    sender.send()
                     if self._dead:
                         return False
                     if self._finishing:
@@ -386,7 +336,7 @@ class Connection:
                     transmission.provide(buffer)
                 else:
                     if transmission.receiving_payload:
-                        self.stalled_since = time.monotonic()
+                        self._payload_since = time.monotonic()
                     return True
         except ProtocolError as error:
             log.info("protocol broken peer=%s export=%s: %s", self.peer, self.export, error)
@@ -402,7 +352,7 @@ class Connection:
         assert dispatch is not None
         settings = self._settings
         return (
-            self._unsent_bytes >= settings.reply_bytes_max
+            self._sender.unsent_bytes >= settings.reply_bytes_max
             or dispatch.held_bytes >= settings.held_bytes_max
             or dispatch.in_flight >= settings.requests_in_flight_max
         )
@@ -438,113 +388,32 @@ class Connection:
             self._reading = True
             self._loop.add_reader(self._sock.fileno(), self._on_readable)
 
-    # Transmission: sending (the Outbox of dispatch)
+    # What else dispatch wants of its Outbox
 
     def put(self, views: Sequence[memoryview | bytes], buffer: Buffer | None = None) -> None:
-        if self._dead:
-            if buffer is not None:
-                self._pool.release(buffer)
-            return
-        last = len(views) - 1
-        for index, view in enumerate(views):
-            self._queue.append((memoryview(view), buffer if index == last else None, 0))
-            self._unsent_bytes += len(view)
-        if not (self._in_batch or self._writing or self._send_scheduled):
-            self._send_scheduled = True
-            self._loop.call_soon(self._send_soon)
+        self._sender.put(views, buffer)
 
     def put_area(self, length: int) -> None:
-        if self._dead:
-            return
-        view = self._common.reply_area[:length]
-        sent = 0
-        if not self._queue:
-            try:
-                sent = self._sock.send(view)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                self._lost(error)
-                return
-            self._sent_bytes += sent
-            if sent == length:
-                return
-        rest = length - sent
-        self._pool.charge(rest)
-        self._queue.append((memoryview(bytes(view[sent:])), None, rest))
-        self._unsent_bytes += rest
-        if sent:
-            self._wait_writable()
+        self._sender.put_area(length)
 
     def task_ended(self) -> None:
-        if self._finishing:
-            self._check_end()
-        elif not self._reading and not self._dead:
-            self._resume()
-
-    def _send_soon(self) -> None:
-        """Send what the tasks of one turn of the loop have queued, together."""
-        self._send_scheduled = False
-        if self._queue and not self._writing and not self._dead:
-            self._send()
-
-    def _send(self) -> None:
-        """Send as much of the queue as the socket takes."""
-        queue = self._queue
-        while queue:
-            try:
-                if len(queue) == 1:
-                    sent = self._sock.send(queue[0][0])
-                else:
-                    sent = self._sock.sendmsg([entry[0] for entry in islice(queue, IOV_MAX)])
-            except BlockingIOError:
-                self._wait_writable()
-                return
-            except OSError as error:
-                self._lost(error)
-                return
-            self._sent_bytes += sent
-            self._unsent_bytes -= sent
-            self.stalled_since = None
-            while queue:
-                view, buffer, charged = queue[0]
-                if sent < len(view):
-                    queue[0] = (view[sent:], buffer, charged)
-                    break
-                sent -= len(view)
-                queue.popleft()
-                self._give_back(buffer, charged)
-        if self._writing:
-            self._writing = False
-            self._loop.remove_writer(self._sock.fileno())
-        if self._finishing:
-            self._check_end()
-
-    def _wait_writable(self) -> None:
-        if self.stalled_since is None:
-            self.stalled_since = time.monotonic()
-        if not self._writing:
-            self._writing = True
-            self._loop.add_writer(self._sock.fileno(), self._on_writable)
-
-    def _on_writable(self) -> None:
-        self._send()
-        self._resume()
-
-    def _give_back(self, buffer: Buffer | None, charged: int) -> None:
-        if buffer is not None:
-            self._pool.release(buffer)
-        if charged:
-            self._pool.discharge(charged)
+        self._moved()
 
     # Ending
 
     def _check_end(self) -> None:
         """The end is reached when everything that was taken is answered and sent."""
-        if self._in_batch or self._queue or self._ended.done():
+        if self._sender.in_batch or not self._sender.idle or self._ended.done():
             return
         if self._dispatch is not None and not self._dispatch.in_flight:
             self._ended.set_result(None)
+
+    def _moved(self) -> None:
+        """The sender has got rid of something."""
+        if self._finishing:
+            self._check_end()
+        elif not self._reading and not self._dead:
+            self._resume()
 
     def _lost(self, error: OSError) -> None:
         log.debug("connection lost peer=%s: %s", self.peer, error)
@@ -554,13 +423,7 @@ class Connection:
         """Nothing is received or sent any more. The socket goes now, the volume when the tasks have ended."""
         self._dead = True
         self._pause()
-        if self._writing:
-            self._writing = False
-            self._loop.remove_writer(self._sock.fileno())
-        while self._queue:
-            _, buffer, charged = self._queue.popleft()
-            self._give_back(buffer, charged)
-        self._unsent_bytes = 0
+        self._sender.drop()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         if not self._ended.done():

@@ -3,9 +3,9 @@
 A batch is answered in one pass: what the volume can do at once (`read_now`, `write_now`) goes into a reply area that is
 reused for every batch, and only what must wait becomes a task. Replies leave in any order (proto.md, "Ordering of
 messages and writes").
-Every request gets exactly one reply, except that two kinds get none and the connection ends instead: what meets Stopping,
-and changes that were dropped because the peer has hung up. Clients hand an error on to their users; after a close they
-connect again and repeat the request.
+Every request gets exactly one reply, except that two kinds get none and the connection ends instead: what meets
+Stopping, and changes that were dropped because the peer has hung up. Clients hand an error on to their users; after a
+close they connect again and repeat the request.
 Spec: proto.md, "Request types", "Error values", "Structured reply types".
 """
 
@@ -15,10 +15,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Protocol
 
 from nbdserver.buffers import HEAD_BYTES, Buffer, BufferPool
+from nbdserver.chunks import SPARSE_BYTES_MIN, damaged, sparse
 from nbdserver.exports import CONTEXTS, STATUS_EXTENTS_MAX
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
-from nbdserver.wire.constants import Chunk, Command, CommandFlag, ErrorValue, OptionReply
+from nbdserver.wire.constants import Command, CommandFlag, ErrorValue, OptionReply
 from nbdserver.wire.requests import decode_status_payload
 from objstore import errors
 from objstore.units import KIB
@@ -32,8 +33,6 @@ BATCH_READ_BYTES_MAX: Final = 256 * KIB
 """Data of one pass. A longer read is a pass of its own, in a buffer of its own. More than 32 reads of 4 KiB, and small
 enough for a core's second-level cache."""
 REPLY_AREA_BYTES: Final = BATCH_READ_BYTES_MAX + BATCH_REQUESTS_MAX * wire.HEADER_BYTES_MAX
-SPARSE_BYTES_MIN: Final = 64 * KIB
-"""A hole inside a read is sent as a hole from this length on; a chunk more costs more than a shorter one saves."""
 DAMAGED_RANGES_MAX: Final = 64
 """With more bad ranges than this a read fails as a whole."""
 ZEROS: Final = memoryview(bytes(BATCH_READ_BYTES_MAX))
@@ -445,80 +444,23 @@ class Dispatch:
                 if not self._replies.chunked or not 0 < len(error.bad) <= DAMAGED_RANGES_MAX:
                     raise
                 self.error_count += 1
-                self._put_damaged(error, cookie, offset, into, whole, buffer)
+                views = damaged(self._replies, cookie, offset, into, error.bad, str(error), whole=whole)
+                self._outbox.put(views, buffer)
                 buffer = None
                 return
             if zeros == length:
                 _fill_zeros(into)
             if whole or zeros < min(length, SPARSE_BYTES_MIN):
                 self._put_buffer(buffer, cookie, offset, length)
-            elif zeros == length:
-                self._put_sparse([Extent(length, hole=True, zero=True)], cookie, offset, into, buffer)
             else:
-                extents = await self._volume.extents(offset, length)
-                self._put_sparse(extents, cookie, offset, into, buffer)
+                extents = [Extent(length, hole=True, zero=True)]
+                if zeros < length:
+                    extents = await self._volume.extents(offset, length)
+                self._outbox.put(sparse(self._replies, cookie, offset, into, extents), buffer)
             buffer = None
         finally:
             if buffer is not None:
                 self._pool.release(buffer)
-
-    def _put_sparse(
-        self, extents: Sequence[Extent], cookie: int, offset: int, data: memoryview, buffer: Buffer
-    ) -> None:
-        """Answer a read with holes where `extents` say so; what they do not cover, and short holes, go as data."""
-        views: list[memoryview | bytes] = []
-        sent = at = 0
-        length = len(data)
-        for extent in extents:
-            if extent.zero and extent.length_bytes >= min(SPARSE_BYTES_MIN, length):
-                self._add_data(views, cookie, offset, data, sent, at)
-                sent = at + extent.length_bytes
-                header = self._replies.chunk(Chunk.OFFSET_HOLE, cookie, offset, 12, done=sent == length)
-                views.append(header + wire.hole_payload(offset + at, extent.length_bytes))
-            at += extent.length_bytes
-        self._add_data(views, cookie, offset, data, sent, length)
-        self._outbox.put(views, buffer)
-
-    def _put_damaged(
-        self, error: errors.Corrupt, cookie: int, offset: int, data: memoryview, whole: bool, buffer: Buffer
-    ) -> None:
-        """Answer a read of damaged blocks: the good parts as data, an error at the start of each bad part.
-
-        whole: only one content chunk is allowed, so only what is in front of the first bad part is sent.
-        """
-        views: list[memoryview | bytes] = []
-        bad = error.bad[:1] if whole else error.bad
-        at = 0
-        for bad_offset, bad_length in bad:
-            self._add_data(views, cookie, offset, data, at, bad_offset - offset, last=False)
-            at = bad_offset - offset + bad_length
-        if not whole:
-            self._add_data(views, cookie, offset, data, at, len(data), last=False)
-        for index, (bad_offset, _) in enumerate(bad, start=1):
-            payload = wire.error_offset_payload(ErrorValue.EIO, str(error), bad_offset)
-            done = index == len(bad)
-            header = self._replies.chunk(Chunk.ERROR_OFFSET, cookie, offset, len(payload), done=done)
-            views.append(header + payload)
-        self._outbox.put(views, buffer)
-
-    def _add_data(
-        self,
-        views: list[memoryview | bytes],
-        cookie: int,
-        offset: int,
-        data: memoryview,
-        start: int,
-        end: int,
-        *,
-        last: bool = True,
-    ) -> None:
-        """A data chunk for data[start:end] of a read at `offset`; nothing if that is empty."""
-        if start >= end:
-            return
-        done = last and end == len(data)
-        header = self._replies.chunk(Chunk.OFFSET_DATA, cookie, offset, end - start + 8, done=done)
-        views.append(header + wire.data_offset(offset + start))
-        views.append(data[start:end])
 
 
 def _fill_zeros(into: memoryview) -> None:

@@ -17,8 +17,9 @@ from functools import partial
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from nbdserver.connection import ClientInfo, Common, Connection, ServerSettings
+from nbdserver.connection import Common, Connection
 from nbdserver.exports import Exports
+from nbdserver.settings import ClientInfo, ServerSettings
 from nbdserver.wire.constants import PORT
 from objstore.errors import StoreError
 from objstore.volume.base import Volume, VolumeSource

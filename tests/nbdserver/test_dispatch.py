@@ -9,11 +9,11 @@ import pytest
 
 from nbdserver import dispatch as subject
 from nbdserver.buffers import Buffer, BufferPool
+from nbdserver.chunks import SPARSE_BYTES_MIN
 from nbdserver.dispatch import (
     BATCH_READ_BYTES_MAX,
     DAMAGED_RANGES_MAX,
     REPLY_AREA_BYTES,
-    SPARSE_BYTES_MIN,
     Dispatch,
     error_value,
     open_volume,
