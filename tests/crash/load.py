@@ -89,7 +89,10 @@ async def read_image(address: str, export: str) -> bytearray:
 
 
 async def check_image(address: str, export: str, oracle: Oracle) -> int:
-    """Hold what the server shows against the oracle and begin its next life; how many writes of the last one are there."""
+    """Hold what the server shows against the oracle and begin its next life.
+
+    Returns how many writes of the last life are there.
+    """
     image = await read_image(address, export)
     count = oracle.check(image)
     oracle.restart(image)
