@@ -58,7 +58,7 @@ class OfflineAdmin:
             self._runner.close()
 
     def status(self) -> Status:
-        return Status(server=None, store=self._store.status())
+        return Status(server=None, store=self._runner.run(self._store.status()))
 
     def vdis(self) -> list[VdiStatus]:
         return self._store.vdis()

@@ -69,7 +69,7 @@ class ControlServer:
             self._path = None
 
     async def _get_status(self, _request: web.Request) -> web.Response:
-        return _json(Status(server=self._server_status(), store=self._store.status()))
+        return _json(Status(server=self._server_status(), store=await self._store.status()))
 
     async def _get_vdis(self, _request: web.Request) -> web.Response:
         return _json(self._store.vdis())

@@ -267,8 +267,8 @@ class Store:
             log=entry.log,
         )
 
-    def status(self) -> StoreStatus:
-        """The store as a whole."""
+    async def status(self) -> StoreStatus:
+        """The store as a whole; the zones are asked for their space outside the event loop."""
         env = self.env
         reasons = [f"VDI {vdi.name}: {vdi.reason}" for vdi in self.vdis() if vdi.state == "failed"]
         reasons += [f"{zone!r}: {zone.error}" for zone in env.zones if zone.error is not None]
@@ -277,17 +277,18 @@ class Store:
         stopped = bool(reasons)
         if env.bad_copies:
             reasons.append(f"{env.bad_copies} bad copies were read since the start (checksum wrong)")
+        space = await asyncio.gather(*(run(env.executor, zone.index, measure, zone.backend) for zone in env.zones))
         zones = [
             ZoneStatus(
                 id=zone.zone_id.hex(),
                 path=zone.path,
                 state="in" if zone.error is None else "failed",
                 reason="" if zone.error is None else str(zone.error),
-                used_bytes=self._measured(zone, "used"),
-                free_bytes=self._measured(zone, "free"),
+                used_bytes=used,
+                free_bytes=free,
                 epoch=self.epoch.number,
             )
-            for zone in env.zones
+            for zone, (used, free) in zip(env.zones, space, strict=True)
         ]
         return StoreStatus(
             store_id=env.store_id.hex(),
@@ -303,12 +304,6 @@ class Store:
             started=self.started,
             version=VERSION,
         )
-
-    def _measured(self, zone: Zone, what: str) -> int:
-        try:
-            return zone.backend.used_bytes() if what == "used" else zone.backend.free_bytes()
-        except StoreError:
-            return 0
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -358,6 +353,14 @@ class Store:
             checkpoint=keeper.number,
             clean=True,
         )
+
+
+def measure(backend: Backend) -> tuple[int, int]:
+    """In a zone's thread: (bytes used, bytes free); zeros if the zone can't say."""
+    try:
+        return backend.used_bytes(), backend.free_bytes()
+    except StoreError:
+        return 0, 0
 
 
 async def open_zones(

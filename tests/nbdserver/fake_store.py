@@ -17,7 +17,7 @@ class FakeStore:
         self._vdis: dict[str, VdiStatus] = {}
         self.attached: set[str] = set()
 
-    def status(self) -> StoreStatus:
+    async def status(self) -> StoreStatus:
         zone = ZoneStatus(id="0f" * 16, path="/srv/a", state="in", reason="", used_bytes=GIB, free_bytes=TIB, epoch=1)
         return StoreStatus(
             store_id="ab" * 16,

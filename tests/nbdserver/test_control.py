@@ -89,7 +89,7 @@ async def test_create_list_show_delete(path: Path) -> None:
 async def test_status_joins_server_and_store(path: Path, store: FakeStore) -> None:
     status = await ask(path, lambda c: c.status())
     assert status.server == SERVER_STATUS
-    assert status.store == store.status()
+    assert status.store == await store.status()
 
 
 @pytest.mark.usefixtures("server")
