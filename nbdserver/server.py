@@ -35,6 +35,8 @@ ACCEPT_PAUSE_SECONDS: Final = 1.0
 """Wait after running out of descriptors or memory for sockets."""
 WATCH_SECONDS: Final = 1.0
 """How often connections that stand in others' way are looked for."""
+SO_SNDBUFFORCE: Final = 32
+"""asm-generic/socket.h; the socket module does not name it."""
 KEEPALIVE_IDLE_SECONDS: Final = 60
 KEEPALIVE_INTERVAL_SECONDS: Final = 10
 KEEPALIVE_COUNT: Final = 6
@@ -52,6 +54,8 @@ class Listener(NamedTuple):
     def parse(cls, text: str) -> "Listener":
         """`unix:///PATH` or `tcp://HOST:PORT` (port 10809 if left out, IPv6 hosts in brackets). ValueError."""
         parts = urlsplit(text)
+        if parts.query or parts.fragment or parts.username is not None:
+            raise ValueError(f"listener is unix:///PATH or tcp://HOST:PORT, not {text!r}")
         if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and len(parts.path) > 1:
             return cls(path=unquote(parts.path))
         if parts.scheme == "tcp" and parts.hostname and parts.path in ("", "/"):
@@ -229,9 +233,7 @@ class Server:
     def _prepare(self, sock: socket.socket, address: object) -> str:
         """Set the options of an accepted socket; returns the peer's name."""
         if sock.family == socket.AF_UNIX:
-            size = self.settings.socket_buffer_bytes
-            if size:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+            _set_send_buffer(sock, self.settings.socket_buffer_bytes)
             return f"unix:{sock.getsockname()}#{sock.fileno()}"
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -270,6 +272,16 @@ class Server:
                 for connection in list(self._connections):
                     if connection.stalled_since is not None and connection.stalled_since < limit:
                         connection.abort("it stalled and others wait for its memory")
+
+
+def _set_send_buffer(sock: socket.socket, size_bytes: int) -> None:
+    """Beyond the system's limit where we may (CAP_NET_ADMIN), else up to it; 0 leaves the default."""
+    if not size_bytes:
+        return
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, size_bytes)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)
 
 
 def _identity(path: str) -> tuple[int, int]:

@@ -48,6 +48,9 @@ def test_listener(text: str, shown: str, uri: str) -> None:
         "tcp://a:99999",
         "nbd://a",
         "tcp://a/b",
+        "unix:///a?b",
+        "tcp://me@a:1",
+        "tcp://a:1#x",
     ],
 )
 def test_bad_listener(text: str) -> None:
@@ -114,6 +117,15 @@ async def test_taken_port() -> None:
     with pytest.raises(OSError, match=r"can't listen on tcp://127\.0\.0\.1"):
         await Server(MemorySource({})).start([listener])
     await server.stop()
+
+
+async def test_host_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    with pytest.raises(OSError, match=r"can't listen on tcp://nowhere\.invalid:7: Name or service"):
+        await Server(MemorySource({})).start([Listener.parse("tcp://nowhere.invalid:7")])
 
 
 async def test_tcp_options_are_set_from_accept_on() -> None:
