@@ -21,7 +21,7 @@ BASE = {
 }
 WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
-CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection"}
+CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
 SERVER = {"nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
 CONTROL = {"nbdserver.control_api", "nbdserver.control", "nbdserver.control_client"}
 
@@ -36,8 +36,13 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.exports": WIRE,
     "nbdserver.handshake": WIRE | {"nbdserver.exports"},
     "nbdserver.transmission": WIRE,
-    "nbdserver.dispatch": WIRE | MACHINES | {"nbdserver.exports"},
-    "nbdserver.connection": WIRE | MACHINES | {"nbdserver.exports", "nbdserver.dispatch"},
+    "nbdserver.chunks": WIRE,
+    "nbdserver.dispatch": WIRE | MACHINES | {"nbdserver.exports", "nbdserver.chunks"},
+    "nbdserver.sending": WIRE,
+    "nbdserver.settings": {"nbdserver.handshake"},
+    "nbdserver.connection": WIRE
+    | MACHINES
+    | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings"},
     "nbdserver.server": WIRE | MACHINES | CONNECTION,
     "nbdserver.config": {"nbdserver.server"},
     "nbdserver.runtime": set(),
@@ -62,7 +67,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.__main__": {"nbdserver.cli"},
     **{name: BASE for name in BASE},
 }
-NO_IO = ("nbdserver.wire", "nbdserver.handshake", "nbdserver.transmission", "objstore.format")
+NO_IO = ("nbdserver.wire", "nbdserver.handshake", "nbdserver.transmission", "nbdserver.chunks", "objstore.format")
 IO = {
     "asyncio",
     "uvloop",
