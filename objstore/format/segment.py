@@ -297,7 +297,7 @@ class Footer(NamedTuple):
     crc: int
 
 
-def decode_footer(footer: bytes | memoryview, *, store_id: bytes, log: int, segment: int) -> Footer | None:
+def decode_footer(footer: bytes | bytearray | memoryview, *, store_id: bytes, log: int, segment: int) -> Footer | None:
     """None if these 128 bytes are not the footer of that segment (then it is not sealed)."""
     footer = bytes(footer)
     if footer[:8] != FOOTER_MAGIC:

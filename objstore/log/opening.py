@@ -25,11 +25,13 @@ from objstore.log.tail import (
     look_at,
     read_image,
     records_from,
+    seal_of,
 )
 from objstore.log.writer import LogWriter
 from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES
 
+LOOKS_AT_ONCE = 64
 FRESH_MARGIN_BLOCKS = 8
 """Blocks that a segment needs beyond the data of its first record."""
 
@@ -146,7 +148,13 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
 
 
 async def _look(env: Env, log: int, numbers: Sequence[int], holders: dict[int, list[int]]) -> dict[int, list[Seen]]:
-    """Header and directory of each segment; the other zones are asked only where the first shows no directory."""
+    """Header and directory of each segment.
+
+    A seal counts only if every zone that the header lists shows the same one: each zone wrote it after its own body
+    was synced, so one zone's seal says nothing about another's copy. Without that the directories are left out, and the
+    records are copied like those of a segment that was never sealed.
+    """
+    numbers_of = {zone.zone_id: zone.index for zone in env.zones}
     looks: dict[int, list[Seen]] = {}
 
     async def look(number: int) -> None:
@@ -156,13 +164,19 @@ async def _look(env: Env, log: int, numbers: Sequence[int], holders: dict[int, l
         for z in zones[start:] + zones[:start]:
             seen = await run(env.executor, z, look_at, env.zones[z].backend, env.store_id, log, number)
             found.append(seen)
-            if seen.directory is not None:
-                break
+            if seen.directory is None or seen.header is None:
+                continue
+            others = [numbers_of[zone_id] for zone_id in seen.header.zones if numbers_of.get(zone_id, z) != z]
+            seals = await asyncio.gather(
+                *(run(env.executor, o, seal_of, env.zones[o].backend, env.store_id, log, number) for o in others)
+            )
+            if any(seal != seen.directory.crc for seal in seals):
+                found = [s._replace(directory=None) for s in found]
+            break
         looks[number] = found
 
-    width = 64
-    for low in range(0, len(numbers), width):
-        await asyncio.gather(*(look(number) for number in numbers[low : low + width]))
+    for low in range(0, len(numbers), LOOKS_AT_ONCE):
+        await asyncio.gather(*(look(number) for number in numbers[low : low + LOOKS_AT_ONCE]))
     return looks
 
 

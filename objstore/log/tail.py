@@ -82,6 +82,23 @@ def look_at(backend: Backend, store_id: bytes, log: int, number: int) -> Seen:
         handle.close()
 
 
+def seal_of(backend: Backend, store_id: bytes, log: int, number: int) -> int | None:
+    """CRC of the seal of a segment in one zone (in a zone's thread), None if it is not sealed there."""
+    try:
+        handle = backend.open(segment_name(log, number))
+    except NotFound:
+        return None
+    try:
+        end = bytearray(FOOTER_BYTES)
+        if handle.size_bytes < BLOCK_BYTES + FOOTER_BYTES:
+            return None
+        handle.read(handle.size_bytes - FOOTER_BYTES, [memoryview(end)])
+        footer = decode_footer(end, store_id=store_id, log=log, segment=number)
+        return None if footer is None else footer.crc
+    finally:
+        handle.close()
+
+
 def read_image(backend: Backend, log: int, number: int) -> bytes:
     """The whole file of a segment in one zone (in a zone's thread); empty if it is not there."""
     try:

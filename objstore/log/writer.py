@@ -179,6 +179,7 @@ class Lane:
         if error is not None:
             self.unsynced += written
             self.writer.zone_failed(self.zone, error)
+            self.writer.lane_idle()
             return
         if synced:
             done = set(map(id, synced))
@@ -187,6 +188,8 @@ class Lane:
         else:
             self.unsynced += written
         self.kick()
+        if not self.busy:
+            self.writer.lane_idle()
 
 
 class SegmentObserver(Protocol):
@@ -246,6 +249,7 @@ class LogWriter:
         self._directory: DirectoryBuilder | None = None
         self._prepared: deque[Segment] = deque()
         self._preparing: asyncio.Task[None] | None = None
+        self._idle_waiters: list[asyncio.Future[None]] = []
         self._room_waiters: deque[asyncio.Future[None]] = deque()
         self._lanes: dict[int, Lane] = {}
         self._undurable: deque[Record] = deque()
@@ -684,6 +688,13 @@ class LogWriter:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def lane_idle(self) -> None:
+        """A lane has nothing under way."""
+        for waiter in self._idle_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._idle_waiters.clear()
+
     def _record_durable(self, record: Record) -> None:
         segment = record.segment
         assert segment.memory is not None
@@ -779,5 +790,16 @@ class LogWriter:
             for zone in segment.zones:
                 with contextlib.suppress(StoreError):  # an empty segment more is garbage that the next opening removes
                     await run(self.env.executor, zone, self.env.zones[zone].backend.delete, segment.name)
+        if self.error is None:
+            while any(lane.busy for lane in self._lanes.values()):
+                waiter: asyncio.Future[None] = self.env.loop.create_future()
+                self._idle_waiters.append(waiter)
+                await waiter
+        stuck = any(lane.busy for lane in self._lanes.values())
         for segment in list(self.unsealed.values()):
-            segment.close_handles()
+            if stuck:
+                # A call on one of these descriptors has not returned; closing it could let the call hit another file.
+                segment.reader = None
+                segment.handles.clear()
+            else:
+                segment.close_handles()

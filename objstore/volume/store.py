@@ -77,6 +77,7 @@ class Store:
         self._opening: dict[int, asyncio.Task[Vdi]] = {}
         self._failed: dict[int, str] = {}
         self._creating: set[str] = set()
+        self._deleting: set[int] = set()
         self._purging: set[asyncio.Task[None]] = set()
         self._stopping = False
         env.map_bytes = lambda: sum(vdi.disk.map.memory_bytes for vdi in self._open.values())
@@ -113,7 +114,7 @@ class Store:
         if self._stopping:
             raise Stopping("the store is closing")
         vdi_id = self.catalog.state.names.get(name)
-        if vdi_id is None:
+        if vdi_id is None or vdi_id in self._deleting:
             raise NotFound(f"there is no VDI {name!r}")
         return self.catalog.state.vdis[vdi_id]
 
@@ -206,14 +207,15 @@ class Store:
         if vdi is not None:
             if vdi.attached:
                 raise Busy(f"VDI {name!r} is attached by {vdi.attached} connections")
-            del self._open[entry.vdi_id]
-            try:
-                await vdi.close(NotFound(f"VDI {name!r} was deleted"))
-            except StoreError as error:
-                log.warning("closing deleted VDI %s: %s", name, error)
-        await self.catalog.commit(DeleteEntry(vdi_id=entry.vdi_id))
+        self._deleting.add(entry.vdi_id)
+        try:
+            await self.catalog.commit(DeleteEntry(vdi_id=entry.vdi_id))
+        finally:
+            self._deleting.discard(entry.vdi_id)
         self._failed.pop(entry.vdi_id, None)
         if vdi is not None:
+            del self._open[entry.vdi_id]
+            await vdi.abandon(NotFound(f"VDI {name!r} was deleted"))
             for segment in [*vdi.disk.segments.values(), *(segment for segment, _ in vdi.disk.dead.values())]:
                 self.env.segments.pop(segment.key, None)
                 segment.close_handles()

@@ -333,6 +333,16 @@ class Vdi:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
+    async def abandon(self, reason: StoreError) -> None:
+        """Take nothing more and stop, without making anything durable: the VDI is being deleted."""
+        self._closed = reason
+        self._write_through = True
+        async with self._turn:
+            pass
+        await self.collector.close()
+        await self.keeper.close()
+        await self._writer.close()
+
     async def close(self, reason: StoreError) -> None:
         """Take nothing more (every later call raises `reason`); make durable what was acknowledged, write a checkpoint.
 
