@@ -70,7 +70,8 @@ class Env:
         self.pool = BufferPool()
         self.dirty_bytes = 0
         self.dirty_bytes_max = settings.dirty_bytes_max
-        self.reserved_blocks = 0
+        self.reserved_bytes: Callable[[int], int] = lambda log: 0
+        """Space that the preallocated VDIs other than the one of that log still have a right to, in each zone."""
         self.reserve_bytes = RESERVE_SEGMENTS * settings.segment_bytes
         self.bugs: frozenset[str] = frozenset()
         self.readers_max = READERS_MAX

@@ -597,7 +597,7 @@ class LogWriter:
             if zone not in self._lanes:
                 self._lanes[zone] = Lane(self, zone)
         self.env.keep_reader(segment, segment.handles[segment.zones[segment.number % len(segment.zones)]])
-        self._prepare(self.env.reserve_bytes)
+        self._prepare(self.env.reserve_bytes + self.env.reserved_bytes(self.log))
         if self.observer is not None:
             self.observer.segment_opened(segment)
 

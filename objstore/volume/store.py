@@ -80,6 +80,7 @@ class Store:
         self._deleting: set[int] = set()
         self._purging: set[asyncio.Task[None]] = set()
         self._stopping = False
+        env.reserved_bytes = self._reserved_bytes
         env.map_bytes = lambda: sum(vdi.disk.map.memory_bytes for vdi in self._open.values())
 
     # -- volumes for the network side ---------------------------------------------------------------------------
@@ -101,7 +102,22 @@ class Store:
         """See VolumeSource."""
         vdi = await self._vdi(self._entry(name))
         vdi.attached += 1
+        self._open_preallocated()
         return vdi
+
+    def _open_preallocated(self) -> None:
+        """Open every preallocated VDI in the background: only then its share of the space is known."""
+        for entry in self.catalog.state.vdis.values():
+            if entry.prealloc and not {entry.vdi_id} & (self._open.keys() | self._opening.keys() | self._failed.keys()):
+                self._begin_opening(entry)
+
+    def _begin_opening(self, entry: VdiEntry) -> asyncio.Task[Vdi]:
+        task = self._opening[entry.vdi_id] = self.env.loop.create_task(self._open_vdi(entry))
+        task.add_done_callback(_noted)
+        return task
+
+    def _reserved_bytes(self, log_number: int) -> int:
+        return sum(vdi.reserved_bytes for vdi in self._open.values() if vdi.disk.log != log_number)
 
     async def close(self, volume: Volume) -> None:
         """See VolumeSource."""
@@ -124,7 +140,7 @@ class Store:
             return vdi
         task = self._opening.get(entry.vdi_id)
         if task is None:
-            task = self._opening[entry.vdi_id] = self.env.loop.create_task(self._open_vdi(entry))
+            task = self._begin_opening(entry)
         return await asyncio.shield(task)
 
     async def _open_vdi(self, entry: VdiEntry) -> Vdi:
@@ -139,7 +155,7 @@ class Store:
         finally:
             del self._opening[entry.vdi_id]
         self._failed.pop(entry.vdi_id, None)
-        vdi = Vdi(entry.name, entry.size_bytes, entry.copies, entry.mode, opened.disk, opened.keeper)
+        vdi = Vdi(entry, opened.disk, opened.keeper)
         self._open[entry.vdi_id] = vdi
         return vdi
 
@@ -355,6 +371,12 @@ class Store:
             checkpoint=keeper.number,
             clean=True,
         )
+
+
+def _noted(task: asyncio.Task[Vdi]) -> None:
+    """Why a VDI could not be opened is in its status; whoever waits for it gets the error from the task."""
+    if not task.cancelled():
+        task.exception()
 
 
 def measure(backend: Backend) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Callable
 
 from objstore.errors import Corrupt, InvalidRequest, NoSpace, NotSupported, OutOfRange, StoreError
+from objstore.format.catalog import VdiEntry
 from objstore.format.record import Flag
 from objstore.log.address import HOLE, RESERVED
 from objstore.log.collect import Collector
@@ -23,6 +24,8 @@ from objstore.volume.base import REQUEST_BYTES_MAX, Extent, always
 
 FILL_BLOCKS_MAX = (1 << 32) - 1
 READ_AHEAD_BYTES_MAX = 8 << 20
+RESERVED_OVERHEAD = 1.06
+"""Files over data for whole 1 MiB records: header pages, directory, rounding."""
 
 
 class Vdi:
@@ -31,12 +34,13 @@ class Vdi:
     `_busy`: reasons why `write_now` must not even look: write-through, closed, failed.
     """
 
-    def __init__(self, name: str, size_bytes: int, copies: int, mode: str, disk: Disk, keeper: Keeper) -> None:
-        self.name = name
-        self.size_bytes = size_bytes
+    def __init__(self, entry: VdiEntry, disk: Disk, keeper: Keeper) -> None:
+        self.name = entry.name
+        self.size_bytes = entry.size_bytes
         self.read_only = False
-        self.copies = copies
-        self.mode = mode
+        self.copies = entry.copies
+        self.mode = mode = entry.mode
+        self.prealloc = entry.prealloc
         self.disk = disk
         self.keeper = keeper
         self.collector = Collector(disk, keeper)
@@ -55,6 +59,13 @@ class Vdi:
     def description(self) -> str:
         """One line for people."""
         return f"{self.mode}, {self.copies} {'copy' if self.copies == 1 else 'copies'}"
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Space in each zone that a preallocated VDI still has a right to: what it has not written yet."""
+        if not self.prealloc:
+            return 0
+        return int((self.size_bytes - (self.disk.live_total << BLOCK_SHIFT)) * RESERVED_OVERHEAD)
 
     @property
     def write_through(self) -> bool:
@@ -195,10 +206,13 @@ class Vdi:
     async def _append(self, pieces: list[tuple[int, int, "memoryview | int"]], alive: Callable[[], bool]) -> None:
         """Put one request into the log; the turn is held. pieces: (first block, count, whole blocks or HOLE/RESERVED).
 
-        All pieces take effect together: with the last part of the last one.
+        All pieces take effect together: with the last part of the last one. No checkpoint can begin between the parts,
+        so nothing is freed there: whoever has to wait for space forgets the parts and begins again.
         """
         disk, writer = self.disk, self._writer
         await self._admit()
+        await self.collector.room()
+        whole = list(pieces)
         begun = False
         try:
             while pieces:
@@ -208,8 +222,11 @@ class Vdi:
                 room = writer.room(blocks)
                 if not room:
                     try:
-                        await writer.make_room(self._env.reserve_bytes if blocks else 0)
+                        await writer.make_room(self._reserve() if blocks else 0)
                     except NoSpace:
+                        disk.forget_parts()
+                        pieces[:] = whole
+                        begun = False
                         if not await self.collector.reclaim():
                             raise
                     continue
@@ -239,13 +256,17 @@ class Vdi:
             disk.forget_parts()
             raise
 
+    def _reserve(self) -> int:
+        """Bytes that this VDI's data must leave free in every zone."""
+        env = self._env
+        return env.reserve_bytes + env.reserved_bytes(self.disk.log)
+
     async def _admit(self) -> None:
-        """Wait while dirty data stands at its limit or collection must free space first."""
+        """Wait while dirty data stands at its limit."""
         env, writer = self._env, self._writer
         while env.dirty_bytes >= env.dirty_bytes_max and writer.error is None:
             writer.request_sync()
             await env.dirty_room()
-        await self.collector.room()
         if writer.error is not None:
             raise writer.error
         if self._closed is not None:
