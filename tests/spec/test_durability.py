@@ -175,3 +175,22 @@ async def test_half_close_before_the_volume_is_done(volume: ScriptedVolume, serv
         content = await other.read(0, PAGE)
         assert content == (b"w" * PAGE if write in answered else content)
         assert read not in answered or bytes(read.data) in (b"w" * PAGE, bytes(PAGE))
+
+
+async def test_disc_behind_more_than_can_be_in_flight(volume: ScriptedVolume, served: OurServed) -> None:
+    """NBD_CMD_DISC behind hundreds of requests, more than a server takes at once: all of them are handled."""
+    async with served.attached() as client:
+        volume.hold()
+        replies = [
+            await client.submit(Command.WRITE, index * 16, payload=bytes([index % 251 + 1]) * 16)
+            for index in range(400)
+        ]
+        replies.append(await client.submit(Command.READ, 0, PAGE))
+        await client.send_disc()
+        await volume.arrived(1)
+        await volume.release()
+        assert {reply.error for reply in await client.wait_all(replies)} == {Err.OK}
+        await client.expect_orderly_close()
+    async with served.attached() as other:
+        content = await other.read(0, 400 * 16)
+        assert content == b"".join(bytes([index % 251 + 1]) * 16 for index in range(400))
