@@ -370,3 +370,30 @@ async def test_no_descriptors_left(
         asyncio.get_running_loop().add_reader(sock.fileno(), server._accept, sock)
         await client.still_serves()
         await served.others_are_served()
+
+
+@pytest.mark.parametrize("place", ["unix", "tcp"])
+@pytest.mark.parametrize("how", ["close", "reset"])
+@pytest.mark.parametrize("doing", ["idle", "replies", "payload"])
+async def test_nothing_stays_of_a_client_that_vanishes(tmp_path: Path, place: str, how: str, doing: str) -> None:
+    volume = MemoryVolume("disk", 64 * MIB)
+    volume.write_now(0, memoryview(b"x" * 32 * MIB))
+    async with serve_volume(volume, tmp_path, listen=[place]) as served:
+        client = await NbdClient.connect(served.address)
+        await client.greet()
+        await client.go("disk")
+        connection = only_connection(served.server)
+        if doing == "replies":
+            for _ in range(16):
+                await client.submit(Command.READ, 0, 2 * MIB)
+            await until(lambda: connection.stalled_since is not None)
+        elif doing == "payload":
+            await client.send(client.pack_request(Command.WRITE, 0, MIB, cookie=1) + b"p" * 100 * KIB)
+            await until(lambda: connection.stalled_since is not None)
+        if how == "reset":
+            client.reset()
+        else:
+            client.close()
+        await until(lambda: not served.server.clients())
+        assert served.server._common.pool.held_bytes == 0
+        await served.others_are_served()
