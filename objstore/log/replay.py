@@ -56,7 +56,8 @@ class Replay:
                 for i in range(high - low):
                     await self._part(kind, flags, int(lbas[i]), int(counts[low + i]), int(entries[i]))
                 continue
-            self._parts.clear()
+            if kind != Kind.MOVE:  # collection goes on between the parts of a request
+                self._parts.clear()
             if kind == Kind.WRITE:
                 self._write(lbas, counts[low:high], entries)
                 if self._gathered >= BATCH_BLOCKS_MAX:
