@@ -177,6 +177,7 @@ class Collector:
         """The best victims now, emptiest first; only dead ones unless space is wanted."""
         disk = self.disk
         below = min(disk.writer.unsealed, default=disk.writer.tail_number)
+        below = min(below, disk.parts_from(below))
         share_max = 0.0
         if self._crowded():
             share_max = SHARE_FULL_MAX if self._pressed else SHARE_MAX
@@ -255,8 +256,10 @@ class Collector:
 
     async def _load(self, lbas: U64) -> None:
         disk = self.disk
+        evict = True
         while wanted := disk.map.missing_blocks(lbas):
-            await disk.load(wanted)
+            await disk.load(wanted, evict=evict)
+            evict = False
 
     async def _move(self, segment: Segment, directory: Directory, lbas: U64, entries: U64) -> bool:
         """Append live blocks again in logical order. False: one of them is damaged in every zone."""

@@ -16,7 +16,7 @@ from typing import Final
 from objstore.errors import Corrupt
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX, Flag, Kind
 from objstore.format.segment import Directory
-from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED
+from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED, SEGMENT_MAX
 from objstore.log.blockmap import BlockMap, PageRef
 from objstore.log.checkpoint import load_pages
 from objstore.log.env import Env
@@ -97,6 +97,14 @@ class Disk:
         """Operations are in the log that the map does not show yet: no checkpoint may begin here."""
         return self.moving or bool(self._parts)
 
+    def parts_from(self, otherwise: int) -> int:
+        """Number of the first segment with data of a request whose last part is still to come, else `otherwise`: the
+        map doesn't point there yet, but will."""
+        for kind, _, _, entry in self._parts:
+            if kind == Kind.WRITE:
+                return entry >> BLOCK_BITS & SEGMENT_MAX
+        return otherwise
+
     def write_block(self, lba: int, data: memoryview) -> bool:
         """Write one whole block if that takes no waiting: the hot path. False: nothing done."""
         writer = self.writer
@@ -168,11 +176,16 @@ class Disk:
 
     # -- map pages ----------------------------------------------------------------------------------------------
 
-    async def load(self, wanted: list[tuple[int, PageRef]]) -> None:
-        """Bring these regions of the map into memory. Corrupt: a page is bad in every zone."""
+    async def load(self, wanted: list[tuple[int, PageRef]], *, evict: bool = True) -> None:
+        """Bring these regions of the map into memory. Corrupt: a page is bad in every zone.
+
+        evict: make room for them first. Whoever asks a second time for the same range doesn't: what was loaded for it
+        the first time would be the first to go.
+        """
         if not wanted:
             return
-        self.evict()
+        if evict:
+            self.evict()
         for region, ref, page in await load_pages(self.env, self.log, wanted, self.checkpoint_zones):
             self.map.load(region, ref, decode_region(page))
 
@@ -192,9 +205,13 @@ class Disk:
             excess -= freed
 
     async def load_edges(self, lba: int, count: int) -> None:
-        """Bring in what `append_write` and `append_fill` of the range need."""
-        while wanted := self.map.missing_edges(lba, count):
-            await self.load(wanted)
+        """Bring in what `append_write` and `append_fill` of the range need; it may be the last part of a request, with
+        which the parts before take effect too."""
+        ranges = [(lba, count), *((part_lba, part_count) for _, part_lba, part_count, _ in self._parts)]
+        evict = True
+        while wanted := list(dict.fromkeys(pair for part in ranges for pair in self.map.missing_edges(*part))):
+            await self.load(wanted, evict=evict)
+            evict = False
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -246,10 +263,11 @@ class Disk:
         bad: list[int] = []
         done = 0
         while done < count:
-            await self.load(self.map.missing(lba + done, min(count - done, RECORD_DATA_BLOCKS_MAX)))
             end = min(count, done + RECORD_DATA_BLOCKS_MAX)
-            if self.map.missing(lba + done, end - done):
-                continue
+            evict = True
+            while wanted := self.map.missing(lba + done, end - done):
+                await self.load(wanted, evict=evict)
+                evict = False
             for entry, n in self.map.runs(lba + done, end - done):
                 if entry <= RESERVED:
                     zeros.append((done, n))
@@ -290,7 +308,8 @@ class Disk:
             into[:] = data
         damaged = []
         for i in bad:
-            await self.load(self.map.missing(lba + i, 1))
+            while wanted := self.map.missing(lba + i, 1):
+                await self.load(wanted)
             part = into[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
             if self.map.lookup(lba + i) == entry + i:
                 part[:] = bytes(BLOCK_BYTES)
