@@ -247,6 +247,21 @@ class FakeFileSystem:
         assert isinstance(file, _File), path
         return bytes(file.data).ljust(file.size, b"\0")
 
+    def paths_below(self, path: str) -> list[str]:
+        """Every file below a folder, relative to it, sorted. Runs no hook."""
+        top = self._find(path, None)
+        assert isinstance(top, _Folder), path
+        found = []
+        folders = [("", top)]
+        while folders:
+            above, folder = folders.pop()
+            for name, node in folder.names.items():
+                if isinstance(node, _Folder):
+                    folders.append((f"{above}{name}/", node))
+                else:
+                    found.append(above + name)
+        return sorted(found)
+
     def unsynced_bytes(self) -> int:
         """Bytes of all unsynced writes."""
         return sum(len(change[2]) for file in self._files() for change in file.changes if not change[4])

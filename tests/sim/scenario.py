@@ -1,0 +1,650 @@
+"""One seed: a store on simulated zones, clients that use it, and several deaths of its process.
+
+A seed is a sequence of lives. Each life opens the store, shows every VDI whole and compares it with what may be there,
+serves clients and administrators for a while and ends: by a crash at a chosen system call or turn of the loop, or by a
+clean stop (which a crash may hit too). The last life checks that nothing is left in the zones that no VDI needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import objstore.log.collect
+import objstore.log.disk
+import objstore.log.env
+import objstore.log.keeper
+import objstore.log.writer
+from objstore.backend.directory import DirectoryBackend
+from objstore.errors import Busy, InvalidRequest, NoSpace, NotFound, NotSupported, Stopping, StoreError
+from objstore.log.checkpoint import checkpoint_name
+from objstore.log.collect import Collector
+from objstore.log.keeper import Keeper
+from objstore.log.segment import segment_name
+from objstore.units import KIB, MIB
+from objstore.volume.settings import MODES, StoreSettings
+from objstore.volume.store import Store, open_zones
+from objstore.volume.vdi import Vdi
+from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, ZEROS, DiskModel, Request, Violation, stamped
+from tests.sim.world import CRASH_CALLS, PHASES, Trigger, World
+from tests.support.sim_loop import SimClock, SimLoop, SimStopped
+
+OPERATIONS: Final = 320
+CRASHES: Final = 3
+LIVES_MAX: Final = 40
+READ_BYTES_MAX: Final = MIB
+CALLS_EXPECTED: Final = {
+    "open": 150,
+    "recovery": 250,
+    "verify": 60,
+    "serving": 2500,
+    "checkpoint": 150,
+    "collection": 200,
+    "create": 60,
+    "delete": 60,
+    "shutdown": 250,
+}
+"""About as many system calls a phase has: crash points are drawn up to there."""
+
+log = logging.getLogger("objstore")
+
+
+class Outcome:
+    """What a finished seed reports."""
+
+    def __init__(self, world: World) -> None:
+        self.digest = world.digest
+        self.crashes = world.crashes
+        self.faults = world.faults
+
+
+class Scenario:
+    """A seed at work."""
+
+    def __init__(self, world: World, *, bugs: frozenset[str] = frozenset()) -> None:
+        self.world = world
+        self.rng = rng = world.rng
+        self.bugs = bugs
+        self.now = 0.0
+        self.operations = 0
+        self.crashes = 0
+        self.models: dict[str, DiskModel] = {}
+        self.store: Store | None = None
+        self.open_models: dict[str, Vdi] = {}
+        self.windows: dict[str, list[int]] = {}
+        self.names = 0
+        self.request_number = 0
+        self.recycle = rng.choice((0, 0, 3, 12))
+        self.settings = StoreSettings(dirty_bytes_max=MIB, dirty_age_seconds=rng.choice((0.05, 0.3, 2.0)))
+        # Smaller than an administrator may set, so that few operations fill many segments and page the map.
+        small = {
+            "segment_bytes": rng.choice((64, 64, 128, 256)) * KIB,
+            "dirty_bytes_max": rng.choice((128 * KIB, 512 * KIB, 2 * MIB)),
+            "map_memory_bytes": rng.choice((1, 20 * KIB, 4 * MIB)),
+        }
+        for name, value in small.items():
+            object.__setattr__(self.settings, name, value)
+        self.tight = rng.random() < 0.25
+        for fs in world.zones:
+            fs.nowait_miss = rng.choice((0.0, 0.1, 0.9))
+            fs.takes_dsync = rng.random() < 0.8
+            fs.takes_nowait = rng.random() < 0.9
+            fs.takes_fallocate = rng.random() < 0.9
+            if self.tight:
+                fs.capacity_bytes = rng.choice((3, 6, 10)) * MIB
+        zones = len(world.zones)
+        for index in range(rng.choice((2, 2, 3))):
+            mode = rng.choice((*MODES, "writeback", "writeback-always"))
+            size = rng.choice((3 * MIB, 9 * MIB + 512, 40 * MIB + 4095, 300 * MIB))
+            self._add_model(f"disk{index}", size, mode, rng.randrange(1, zones + 1))
+
+    def _add_model(self, name: str, size_bytes: int, mode: str, copies: int) -> DiskModel:
+        model = self.models[name] = DiskModel(name, size_bytes, mode, copies)
+        # Where its clients work: few places, so that requests meet.
+        self.windows[name] = [self.rng.randrange(model.blocks) for _ in range(self.rng.choice((1, 3, 6)))]
+        return model
+
+    # -- lives --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """All lives. Violation, or whatever else went wrong."""
+        world = self.world
+        lives = 0
+        while self.operations < OPERATIONS or self.crashes < CRASHES:
+            lives += 1
+            assert lives < LIVES_MAX, "too many lives"
+            self._life(last=False)
+        self._life(last=True, end="stop")
+        self._life(last=True, end="stop")
+        return Outcome(world)
+
+    def _life(self, *, last: bool, end: str | None = None) -> None:
+        world, rng = self.world, self.rng
+        if end is None:
+            end = "stop" if rng.random() < 0.2 else "crash"
+        world.trigger = None if last or (end == "stop" and rng.random() < 0.7) else self._trigger()
+        slow = [rng.choice((30e-6, 300e-6, 3e-3)) for _ in world.zones]
+        loop = world.start_process(slow, self.now)
+        world.note(f"LIFE end={end} trigger={world.trigger}")
+        try:
+            loop.run_until_complete(self._main(loop, end, last))
+        except SimStopped:
+            pass
+        except BaseException:
+            world.end_process()
+            raise
+        self.now = loop.now + 1.0
+        self.store = None
+        self.open_models.clear()
+        if world.dead:
+            self.crashes += 1
+            world.bury("kill" if rng.random() < 0.4 else "power")
+            for model in self.models.values():
+                model.crashed()
+        else:
+            world.end_process()
+
+    def _trigger(self) -> Trigger:
+        rng = self.rng
+        chance = rng.random()
+        phase = rng.choice((*PHASES, "serving", "serving", "recovery"))
+        if chance < 0.5:
+            call, expected = None, CALLS_EXPECTED[phase]
+        elif chance < 0.75:
+            call, expected = "step", 2 * CALLS_EXPECTED[phase]
+        else:
+            call, expected = rng.choice(CRASH_CALLS), max(4, CALLS_EXPECTED[phase] // 8)
+            if rng.random() < 0.5:
+                phase = ""
+        count = int(math.exp(rng.random() * math.log(expected))) if rng.random() < 0.5 else rng.randrange(expected)
+        return Trigger(phase or None, call, count + 1)
+
+    async def _main(self, loop: SimLoop, end: str, last: bool) -> None:
+        world = self.world
+        world.phase = "open"
+        self.store = store = await self._open_store(loop)
+        await self._check_names(store)
+        world.phase = "recovery"
+        for name in sorted(self.models):
+            await self._open_disk(store, self.models[name])
+        world.phase = "verify"
+        for name in sorted(self.models):
+            await self._verify(self.models[name])
+            self.models[name].settle()
+        if not last:
+            world.phase = "serving"
+            await self._serve(store)
+            for name in sorted(self.models):
+                await self._compare_all(self.models[name])
+        self._check_counters(store)
+        if end == "crash":
+            world.die("step")
+            return
+        world.phase = "shutdown"
+        if last:
+            await self._quiet(store)
+            self._check_files(store)
+        await store.shutdown()
+        world.note("stopped cleanly")
+        for model in self.models.values():
+            model.stopped()
+        while world.executor is not None and world.executor.outstanding:
+            await asyncio.sleep(0.01)
+
+    async def _open_store(self, loop: SimLoop) -> Store:
+        world = self.world
+        while True:
+            backends = [
+                (DirectoryBackend(f"/zone{z}", fs=fs, recycle_files_max=self.recycle), f"/zone{z}")
+                for z, fs in enumerate(world.zones)
+            ]
+            try:
+                store = await open_zones(
+                    backends,
+                    settings=self.settings,
+                    create=True,
+                    clock=SimClock(loop),
+                    executor=world.executor,
+                    rng=self.rng,
+                )
+            except NoSpace as error:
+                world.note(f"no space to open the store: {error}")
+                self._more_space("nospace-open")
+                for backend, _ in backends:
+                    backend.close()
+                continue
+            store.env.bugs = self.bugs
+            return store
+
+    def _more_space(self, fault: str) -> None:
+        """What an administrator does about full zones."""
+        self.world.faults[fault] += 1
+        for fs in self.world.zones:
+            fs.capacity_bytes += MIB
+
+    async def _check_names(self, store: Store) -> None:
+        """What exists must, what is gone must not; what was under way is settled now."""
+        names = set(store.names())
+        for name, model in sorted(self.models.items()):
+            if model.existence == "maybe" and model.deleting:
+                model.existence = "yes" if name in names else "no"
+                model.deleting = False
+            elif model.existence == "maybe" and name in names:
+                model.existence = "yes"
+            if (model.existence == "yes") != (name in names) and model.existence != "maybe":
+                raise Violation(f"VDI {name} should exist: {model.existence}; the store has {sorted(names)}")
+            if model.existence == "no":
+                del self.models[name]
+        unknown = names - self.models.keys()
+        if unknown:
+            raise Violation(f"VDIs nobody made: {sorted(unknown)}")
+        for name, model in sorted(self.models.items()):
+            if name in names:
+                entry = store.vdi(name)
+                shown = (entry.size_bytes, entry.mode, entry.copies)
+                if shown != (model.size_bytes, model.mode, model.copies):
+                    raise Violation(f"VDI {name} came back as {shown}")
+            elif name.startswith("disk"):
+                await self._create(store, model)
+            else:
+                del self.models[name]
+
+    async def _create(self, store: Store, model: DiskModel) -> None:
+        world = self.world
+        while True:
+            model.existence = "maybe"
+            world.active["create"] += 1
+            try:
+                await store.create_vdi(model.name, model.size_bytes, copies=model.copies, mode=model.mode)
+            except NoSpace:
+                world.active["create"] -= 1
+                self._more_space("nospace-create")
+                continue
+            world.active["create"] -= 1
+            model.existence = "yes"
+            world.note(f"created {model.name} {model.size_bytes} {model.mode} copies={model.copies}")
+            return
+
+    async def _open_disk(self, store: Store, model: DiskModel) -> None:
+        while True:
+            try:
+                volume = await store.open(model.name)
+            except NoSpace as error:
+                self.world.note(f"no space to open {model.name}: {error}")
+                self._more_space("nospace-recovery")
+                continue
+            assert isinstance(volume, Vdi)
+            self.open_models[model.name] = volume
+            if model.allowed is None:
+                model.crashed()
+            return
+
+    # -- looking at whole disks ---------------------------------------------------------------------------------
+
+    async def _verify(self, model: DiskModel) -> None:
+        """Read everything that may be there; raise unless it is one cut of the log."""
+        volume = self.open_models[model.name]
+        kinds = await self._kinds(model, volume)
+        for first, count in _runs(model.touched()):
+            content = await self._content(model, volume, first, count)
+            for i in range(count):
+                block = first + i
+                data = content[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]
+                model.observe(block, kinds.get(block, HOLE), data)
+        self.world.note(f"verified {model.name}")
+
+    async def _compare_all(self, model: DiskModel) -> None:
+        """Nobody writes: the disk shows its newest state, everywhere."""
+        volume = self.open_models[model.name]
+        kinds = await self._kinds(model, volume)
+        for first, count in _runs(model.touched()):
+            content = await self._content(model, volume, first, count)
+            for i in range(count):
+                data = content[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]
+                shown = (kinds.get(first + i, HOLE), data)
+                if shown != model.head(first + i):
+                    want = model.head(first + i)
+                    raise Violation(
+                        f"VDI {model.name}: block {first + i} shows {shown[0]} {data[:16].hex()} "
+                        f"instead of {want[0]} {want[1][:16].hex()}"
+                    )
+
+    async def _kinds(self, model: DiskModel, volume: Vdi) -> dict[int, str]:
+        """Kind of every block that is no hole."""
+        touched = set(model.touched())
+        kinds: dict[int, str] = {}
+        at = 0
+        while at < model.size_bytes:
+            for extent in await volume.extents(at, model.size_bytes - at):
+                kind = HOLE if extent.hole else RESERVED if extent.zero else DATA
+                if kind != HOLE:
+                    for block in range(at // BLOCK_BYTES, -(-(at + extent.length_bytes) // BLOCK_BYTES)):
+                        if block not in touched:
+                            raise Violation(f"VDI {model.name}: block {block} is {kind}, nobody wrote it")
+                        kinds[block] = kind
+                at += extent.length_bytes
+        return kinds
+
+    async def _content(self, model: DiskModel, volume: Vdi, first: int, count: int) -> bytes:
+        offset = first * BLOCK_BYTES
+        length = min(count * BLOCK_BYTES, model.size_bytes - offset)
+        into = memoryview(bytearray(b"\xee" * length))
+        if await volume.read(offset, length, into) == length:
+            return bytes(count * BLOCK_BYTES)
+        return into.tobytes().ljust(count * BLOCK_BYTES, b"\0")
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    async def _serve(self, store: Store) -> None:
+        rng = self.rng
+        quota = rng.randrange(20, 120)
+        tasks = []
+        for name in sorted(self.models):
+            for _ in range(rng.choice((1, 2, 3))):
+                client = Client(self, store, self.models[name], random.Random(rng.getrandbits(64)))
+                tasks.append(asyncio.ensure_future(client.run(quota)))
+        tasks.append(asyncio.ensure_future(self._administrate(store, random.Random(rng.getrandbits(64)))))
+        await asyncio.gather(*tasks)
+
+    async def _administrate(self, store: Store, rng: random.Random) -> None:
+        """Make and remove VDIs beside the clients' work."""
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            await asyncio.sleep(rng.random() * 0.1)
+            self.names += 1
+            name = f"extra{self.names}"
+            mode = rng.choice(MODES)
+            model = self._add_model(name, rng.choice((MIB, 5 * MIB + 7)), mode, rng.randrange(1, len(self.world.zones) + 1))
+            await self._create(store, model)
+            await self._open_disk(store, model)
+            model.settle()
+            await Client(self, store, model, rng).run(rng.choice((0, 3, 12)))
+            if rng.random() < 0.7:
+                await self._delete(store, model)
+
+    async def _delete(self, store: Store, model: DiskModel) -> None:
+        world = self.world
+        volume = self.open_models.pop(model.name)
+        await store.close(volume)
+        model.existence, model.deleting = "maybe", True
+        world.active["delete"] += 1
+        while True:
+            try:
+                await store.delete_vdi(model.name)
+            except NoSpace:
+                self._more_space("nospace-delete")
+                continue
+            break
+        world.active["delete"] -= 1
+        world.note(f"deleted {model.name}")
+        del self.models[model.name]
+
+    # -- what must hold between operations ----------------------------------------------------------------------
+
+    def _check_counters(self, store: Store) -> None:
+        if store.env.bad_copies:
+            raise Violation(f"{store.env.bad_copies} bad copies were read, though no zone lies")
+        if store.env.dirty_bytes < 0:
+            raise Violation(f"dirty_bytes is {store.env.dirty_bytes}")
+
+    async def _quiet(self, store: Store) -> None:
+        """Wait for what runs in the background."""
+        while store._purging or (self.world.executor is not None and self.world.executor.outstanding):
+            await asyncio.sleep(0.05)
+
+    def _check_files(self, store: Store) -> None:
+        """Nothing lies in the zones but what the open VDIs need."""
+        for z in range(len(self.world.zones)):
+            found = {name for name in self.world.files(z) if not name.startswith(("epoch/", "catalog/", "spare/"))}
+            found -= {"superblock", "lock"}
+            found = {name for name in found if not name.startswith("log/000000/")}
+            wanted = set()
+            for volume in self.open_models.values():
+                disk = volume.disk
+                segments = [*disk.segments.values(), *(segment for segment, _ in disk.dead.values())]
+                segments += disk.writer._prepared
+                wanted |= {segment_name(s.log, s.number) for s in segments if z in s.zones}
+                if z in disk.checkpoint_zones(0):
+                    wanted |= {checkpoint_name(disk.log, number) for number in volume.keeper.sizes}
+            missing = {name for name in wanted - found if name.startswith("log/")}
+            if found - wanted or missing:
+                raise Violation(
+                    f"zone {z}: left over {sorted(found - wanted)[:5]}, missing {sorted(missing)[:5]}"
+                )
+
+
+class Client:
+    """One connection to one VDI."""
+
+    def __init__(self, scenario: Scenario, store: Store, model: DiskModel, rng: random.Random) -> None:
+        self.scenario = scenario
+        self.world = scenario.world
+        self.store = store
+        self.model = model
+        self.rng = rng
+        self.volume = scenario.open_models[model.name]
+
+    async def run(self, operations: int) -> None:
+        rng = self.rng
+        for _ in range(operations):
+            if rng.random() < 0.5:
+                await asyncio.sleep(rng.expovariate(1.0) * rng.choice((1e-4, 1e-3, 2e-2)))
+            if rng.random() < 0.2:
+                await asyncio.gather(*(self._one() for _ in range(rng.randrange(2, 6))))
+            else:
+                await self._one()
+
+    async def _one(self) -> None:
+        self.scenario.operations += 1
+        rng = self.rng
+        action = rng.choices(
+            ("write", "read", "flush", "trim", "zero", "reserve", "extents", "cache", "checkpoint", "discard"),
+            (50, 16, 8, 4, 3, 3, 4, 1, 2, 0.3),
+        )[0]
+        if action in ("write", "trim", "zero", "reserve"):
+            await self._change(action, *self._range())
+        elif action == "discard":
+            await self._change("trim", 0, self.model.size_bytes)
+        elif action == "read":
+            await self._read(*self._range())
+        elif action == "extents":
+            await self._extents(*self._range())
+        elif action == "cache":
+            await self.volume.cache(*self._range())
+        elif action == "flush":
+            asked = self.model.flush_asked()
+            await self.volume.flush()
+            self.model.flushed(asked)
+            self.world.note(f"{self.model.name} flushed {asked}")
+        else:
+            try:
+                await self.volume.keeper.checkpoint()
+            except NoSpace:
+                self.scenario._more_space("nospace-checkpoint")
+
+    def _range(self) -> tuple[int, int]:
+        rng, model = self.rng, self.model
+        window = rng.choice(self.scenario.windows[model.name]) * BLOCK_BYTES
+        grain = rng.choice((BLOCK_BYTES, BLOCK_BYTES, BLOCK_BYTES, 512, 1))
+        offset = (window + rng.randrange(64 * BLOCK_BYTES)) // grain * grain % model.size_bytes
+        length = rng.choice((1, 1, 1, 2, 4, 9, 33)) * grain
+        if rng.random() < 0.06:
+            length = rng.choice((64, 150, 256)) * BLOCK_BYTES
+        return offset, min(length, model.size_bytes - offset)
+
+    async def _change(self, action: str, offset: int, length: int) -> None:
+        rng, model, volume, world = self.rng, self.model, self.volume, self.world
+        self.scenario.request_number += 1
+        fua = rng.random() < 0.06
+        data = stamped(self.scenario.request_number, offset, length) if action == "write" else b""
+        request = Request(action, offset, length, data, fua)
+        gone = rng.random() < 0.01
+
+        def alive() -> bool:
+            if gone:
+                return False
+            model.taken(request)
+            world.note(f"{model.name} takes {request}")
+            return True
+
+        try:
+            if action == "write":
+                if not fua and not gone and volume.write_now(offset, memoryview(data)):
+                    model.taken(request)
+                    world.note(f"{model.name} takes now {request}")
+                else:
+                    await volume.write(offset, memoryview(data), fua=fua, alive=alive)
+            elif action == "trim":
+                await volume.trim(offset, length, fua=fua, alive=alive)
+            else:
+                fast = rng.random() < 0.3
+                no_hole = action == "reserve"
+                await volume.zero(offset, length, no_hole=no_hole, fast=fast, fua=fua, alive=alive)
+        except NoSpace as error:
+            world.note(f"{model.name} no space for {request}: {error}")
+            world.faults["nospace-write"] += 1
+            model.refused(request)
+            if rng.random() < 0.3:
+                self.scenario._more_space("more-space")
+        except NotSupported:
+            model.refused(request)
+        except InvalidRequest:
+            if not gone:
+                raise
+            world.faults["connection-gone"] += 1
+        else:
+            if not request.number:
+                if action == "trim":  # nothing to do
+                    if fua:
+                        model.flushed_once()
+                    return
+                raise Violation(f"{request} was answered and never had a place in the log")
+            model.acked(request)
+            world.note(f"{model.name} acks {request}")
+
+    async def _read(self, offset: int, length: int) -> None:
+        model, volume = self.model, self.volume
+        into = memoryview(bytearray(length))
+        low = model.reading()
+        zeros = volume.read_now(offset, length, into)
+        if zeros < 0:
+            zeros = await volume.read(offset, length, into)
+        content = bytes(length) if zeros == length else into.tobytes()
+        first = offset // BLOCK_BYTES
+        for block in range(first, -(-(offset + length) // BLOCK_BYTES)):
+            start, end = max(offset, block * BLOCK_BYTES), min(offset + length, (block + 1) * BLOCK_BYTES)
+            shown = content[start - offset : end - offset]
+            skip = start - block * BLOCK_BYTES
+            states = model.states(block, low)
+            if not any(state[1][skip : skip + len(shown)] == shown for state in states):
+                raise Violation(
+                    f"VDI {model.name}: a read of block {block} shows {shown[:16].hex()}, "
+                    f"not one of {[(kind, data[:16].hex()) for kind, data in states]}"
+                )
+
+    async def _extents(self, offset: int, length: int) -> None:
+        model = self.model
+        low = model.reading()
+        at = offset
+        for extent in await self.volume.extents(offset, length):
+            kind = HOLE if extent.hole else RESERVED if extent.zero else DATA
+            for block in range(at // BLOCK_BYTES, -(-(at + extent.length_bytes) // BLOCK_BYTES)):
+                kinds = [state[0] for state in model.states(block, low)]
+                if kind not in kinds:
+                    raise Violation(f"VDI {model.name}: extents call block {block} {kind}, it is one of {kinds}")
+            at += extent.length_bytes
+        if not offset < at <= offset + length:
+            raise Violation(f"extents of {offset}+{length} end at {at}")
+
+
+def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending blocks as (first, count) of neighbours, at most READ_BYTES_MAX each."""
+    most = READ_BYTES_MAX // BLOCK_BYTES
+    start = previous = -1
+    for block in blocks:
+        if block == previous + 1 and block - start < most:
+            previous = block
+            continue
+        if start >= 0:
+            yield start, previous - start + 1
+        start = previous = block
+    if start >= 0:
+        yield start, previous - start + 1
+
+
+class _Errors(logging.Handler):
+    """Log records of objstore: warnings into the trace; an error there is a violation, as nothing lies here."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.WARNING)
+        self.world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.world.dead:
+            return
+        self.world.note(f"{record.levelname}: {record.getMessage()}")
+        if record.levelno >= logging.ERROR and self.world.loop is not None:
+            self.world.loop.failures.append({"message": f"logged: {record.getMessage()}"})
+
+
+@contextmanager
+def instrumented(world: World, rng: random.Random) -> Iterator[None]:
+    """Small limits, so that a few operations meet all of them; checkpoints and collections under way are counted."""
+    limits = [
+        (objstore.log.keeper, "SEGMENTS_BETWEEN_MAX", rng.choice((4, 12, 40))),
+        (objstore.log.keeper, "OPERATIONS_BETWEEN_MIN", rng.choice((20, 200, 1 << 20))),
+        (objstore.log.keeper, "REWRITE_BYTES_MAX", rng.choice((1, 20000, 1 << 24))),
+        (objstore.log.collect, "SLACK_SEGMENTS", rng.choice((0, 2, 5))),
+        (objstore.log.collect, "TIGHT_SEGMENTS", rng.choice((6, 8))),
+        (objstore.log.writer, "JOB_BYTES_MAX", rng.choice((1, 1 << 17, 1 << 24))),
+        (objstore.log.env, "READERS_MAX", rng.choice((2, 8, 4096))),
+        (objstore.log.env, "CRC_SEGMENTS_MAX", rng.choice((0, 3, 4096))),
+        (objstore.log.disk, "EVICT_AT_ONCE", rng.choice((1, 64))),
+    ]
+    former = [(module, name, getattr(module, name)) for module, name, _ in limits]
+    write, collect = Keeper._write, Collector._collect
+
+    async def counted_write(self: Keeper, *args: Any) -> None:
+        world.active["checkpoint"] += 1
+        try:
+            await write(self, *args)
+        finally:
+            world.active["checkpoint"] -= 1
+
+    async def counted_collect(self: Collector, *args: Any) -> bool:
+        world.active["collection"] += 1
+        try:
+            return await collect(self, *args)
+        finally:
+            world.active["collection"] -= 1
+
+    handler = _Errors(world)
+    propagate = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        for module, name, value in limits:
+            setattr(module, name, value)
+        Keeper._write, Collector._collect = counted_write, counted_collect  # type: ignore[method-assign]
+        yield
+    finally:
+        Keeper._write, Collector._collect = write, collect  # type: ignore[method-assign]
+        for module, name, value in former:
+            setattr(module, name, value)
+        log.removeHandler(handler)
+        log.propagate = propagate
+
+
+def run_seed(seed: int, *, trace: Any = None, bugs: frozenset[str] = frozenset()) -> Outcome:
+    """Run one seed; raises what it found."""
+    zones = random.Random(seed).choice((2, 3, 3, 4))
+    world = World(seed, zones, trace=trace)
+    with instrumented(world, random.Random(seed + 1)):
+        return Scenario(world, bugs=bugs).run()
+
+
+__all__ = ["Busy", "NotFound", "Outcome", "Stopping", "StoreError", "ZEROS", "run_seed"]
