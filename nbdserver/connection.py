@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 HUNG_UP: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
+CROWDED_SECONDS: Final = 200e-6
+"""A busy poll that ends so much too late was interrupted by another process."""
+CROWDED_PAUSE_SECONDS: Final = 0.1
 ROUNDS_MAX: Final = 16
 """Receives of one wake-up before the other connections get their turn."""
 
@@ -55,6 +58,7 @@ class Common:
         self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
         self.reply_area = memoryview(bytearray(REPLY_AREA_BYTES))
         self.last_active: Connection | None = None
+        self.no_polling_until = 0.0
 
 
 class Connection:
@@ -290,16 +294,26 @@ class Connection:
         transmission.park()
 
     def _next_comes_soon(self) -> bool:
-        """Poll for at most busy_poll_seconds. Not while something of this connection waits for the loop."""
+        """Poll for at most busy_poll_seconds. Not while something of this connection waits for the loop, nor for a
+        while after a poll that took much longer than it should: then others want the core, and polling takes the time
+        away that answering needs."""
         assert self._dispatch is not None
+        common = self._common
         if self._sender.waiting_since is not None or self._dispatch.in_flight:
             return False
+        start = time.monotonic()
+        if start < common.no_polling_until:
+            return False
         poll = self._readable.poll
-        deadline = time.monotonic() + self._settings.busy_poll_seconds
-        while not poll(0):
-            if time.monotonic() >= deadline:
-                return False
-        return True
+        deadline = start + self._settings.busy_poll_seconds
+        found = bool(poll(0))
+        now = time.monotonic()
+        while not found and now < deadline:
+            found = bool(poll(0))
+            now = time.monotonic()
+        if now - deadline > CROWDED_SECONDS:
+            common.no_polling_until = now + CROWDED_PAUSE_SECONDS
+        return found
 
     def _advance(self) -> bool:
         """Answer what has been received. False: receive no more for now (everything is parked, reading is paused)."""
