@@ -32,11 +32,14 @@ class ServerSettings:
     stop_seconds: float = 30.0
     """How long a stop waits for requests in flight and for clients to take their replies."""
     busy_poll_seconds: float = 50e-6
-    """How long the only active client is polled for its next request before the loop sleeps. 4 KiB reads at depth 1
-    with an idle core left: 30 k/s with 50 us of it, 16 k/s without; no difference on busy cores."""
+    """How long the only active client is polled for its next request before the loop sleeps. 4 KiB at depth 1, single
+    runs of 1 s on a shared two-core host: with a core left 30 k/s with 50 us of it and 16 k/s without; with more
+    processes than cores it cost (mean of five: 14 k/s with, 19 k/s without), hence the pause in connection.py, whose
+    own gain was lost in the noise."""
     socket_buffer_bytes: int = 1 * MIB
-    """Send buffer of Unix sockets, 0 = the system's default. TCP sizes its own. 1 MiB reads at depth 8: 3.3 GB/s with
-    256 KiB or 1 MiB, 2.9 with the default, 2.8 with 4 MiB."""
+    """Send buffer of Unix sockets, 0 = the system's default. TCP sizes its own. 1 MiB reads at depth 8, medians of
+    three on a busy host: 3.4 GiB/s with 256 KiB, 3.2 with 1 MiB, 2.8 with the default, 2.7 with 4 MiB; the ranges
+    overlap."""
 
 
 class ClientInfo(NamedTuple):
