@@ -249,6 +249,7 @@ class LogWriter:
         self._directory: DirectoryBuilder | None = None
         self._prepared: deque[Segment] = deque()
         self._preparing: asyncio.Task[None] | None = None
+        self._making_from: int | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._room_waiters: deque[asyncio.Future[None]] = deque()
         self._lanes: dict[int, Lane] = {}
@@ -343,11 +344,13 @@ class LogWriter:
             while len(self._prepared) < self.prepared_target and self.error is None and not self._closed:
                 # Segments are used in the order of their numbers, so those made together become ready together.
                 missing = self.prepared_target - len(self._prepared)
+                self._making_from = self.next_number
                 made = await asyncio.gather(
                     *(self._prepare_one(reserve_bytes) for _ in range(min(missing, PREPARED_AT_ONCE))),
                     return_exceptions=True,
                 )
                 self._prepared += [segment for segment in made if isinstance(segment, Segment)]
+                self._making_from = None
                 self._wake_room()
                 for failure in made:
                     if isinstance(failure, BaseException):
@@ -749,7 +752,9 @@ class LogWriter:
         """Number of the first segment that what is appended from now on can be in."""
         if self.segment is not None:
             return self.segment.number
-        return self._prepared[0].number if self._prepared else self.next_number
+        if self._prepared:
+            return self._prepared[0].number
+        return self.next_number if self._making_from is None else self._making_from
 
     # -- the end ------------------------------------------------------------------------------------------------
 
