@@ -265,8 +265,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     machine = facts["machine"]
-    subtitle = f"{machine['processor']}, {machine['cores']} cores, {machine['file_system']}; {NOTE}"
-    (options.out / "bench.svg").write_text(report.chart(bench.rows, list(bench.servers), bench.ours, subtitle))
+    host = f"{machine['processor']}, {machine['cores']} cores, {machine['file_system']}, Linux {machine['kernel']}"
+    chart = report.chart(bench.rows, list(bench.servers), bench.ours, host, NOTE)
+    (options.out / "bench.svg").write_text(chart)
     if options.json:
         print(json.dumps(result, indent=1))
     else:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from tests.bench.cases import FioCase
 from tests.bench.servers import Server
 
-PATIENCE_SECONDS: Final = 1800
+PATIENCE_SECONDS: Final = 900
 BASE: Final = {
     "name": "bench",
     "ioengine": "nbd",

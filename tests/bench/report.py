@@ -18,7 +18,7 @@ COLOURS: Final = {
     "qemu-raw": "#d98e2b",
     "qemu-quorum": "#a8442f",
 }
-ROW_HEIGHT, BAR_HEIGHT, LABEL_WIDTH, CHART_WIDTH, HEAD = 14, 10, 330, 520, 54
+ROW_HEIGHT, BAR_HEIGHT, LABEL_WIDTH, CHART_WIDTH, HEAD = 14, 10, 330, 520, 68
 RATIO_MAX: Final = 2.0
 
 
@@ -138,7 +138,7 @@ def as_json(rows: Sequence[Row], singles: Sequence[Single], ours: str, about: di
     }
 
 
-def chart(rows: Sequence[Row], servers: Sequence[str], ours: str, subtitle: str) -> str:
+def chart(rows: Sequence[Row], servers: Sequence[str], ours: str, machine: str, note: str) -> str:
     """An SVG: per case each server's median over ours, with the spread; longer is faster, ours is at 1."""
     body: list[str] = []
     y = HEAD
@@ -172,6 +172,6 @@ def chart(rows: Sequence[Row], servers: Sequence[str], ours: str, subtitle: str)
         f".spread{{stroke:#000;stroke-width:1}}</style>"
         f'<rect width="100%" height="100%" fill="#fff"/>'
         f'<text x="8" y="20" font-size="15">{KINDS[ours].title} = 1, longer is faster</text>'
-        f'<text x="8" y="38">{html.escape(subtitle)}</text>'
+        f'<text x="8" y="38">{html.escape(machine)}</text><text x="8" y="52">{html.escape(note)}</text>'
         f'<path d="M{one:.1f} {HEAD - 6}V{y}" stroke="#2a78b5" stroke-dasharray="3 3"/>' + "".join(body) + "</svg>\n"
     )
