@@ -168,6 +168,7 @@ async def _replay(disk: Disk, tail: Tail) -> None:
         segment = env.segments.get(key)
         if segment is not None:
             segment.live -= count
+    disk.map.dropped.clear()  # counted in `before`, or never counted at all
     for key, count in disk.map.count_live().items():
         env.segments[key].live += count
     disk.live_total = sum(segment.live for segment in disk.segments.values())
