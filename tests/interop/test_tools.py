@@ -109,7 +109,7 @@ async def test_file_system_on_a_loop_device(export: Export, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("program", ["nbdkit", "qemu-nbd"])
 async def test_raw_client_reads_the_text_as_others_do(program: str, tmp_path: Path) -> None:
-    """The client of the specification's tests works with foreign servers, so its reading of the text is not ours alone."""
+    """The client of the specification's tests works with foreign servers: its reading of the text is not ours alone."""
     async with serve_peer(program, Disk(), tmp_path) as served:
         async with attached(served.address, contexts=["base:allocation"]) as client:
             await client.write(5000, b"foreign" * 1000)

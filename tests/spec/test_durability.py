@@ -29,7 +29,6 @@ async def volume() -> ScriptedVolume:
 async def served(volume: ScriptedVolume, tmp_path: Path) -> AsyncIterator[OurServed]:
     async with serve_volume(volume, tmp_path) as served:
         yield served
-        await volume.release()
 
 
 async def submit(client: NbdClient, command: Command, flags: int = 0) -> Reply:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import random
 import struct
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ async def busy_others(served: Served, rounds: int = 50) -> None:
             await other.write(index * PAGE, b"o" * PAGE)
             assert await other.read(index * PAGE, PAGE) == b"o" * PAGE
         await other.flush()
+
+
+@contextlib.asynccontextmanager
+async def meanwhile(work: Coroutine[None, None, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Run something beside the block; what is not done at its end is given up."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 HALF_HANDSHAKES = {
@@ -94,10 +106,8 @@ async def test_option_flood(nbd_server: Served) -> None:
                 for _ in range(200):
                     await client.send(flood)
 
-        pouring = asyncio.create_task(pour())
-        await busy_others(nbd_server)
-        pouring.cancel()
-        await asyncio.wait([pouring])
+        async with meanwhile(pour()):
+            await busy_others(nbd_server)
 
 
 @pytest.mark.parametrize("option", [Option.LIST, Option.GO, Option.EXPORT_NAME, Option.SET_META_CONTEXT, 4242])
@@ -158,12 +168,12 @@ async def test_hoarders_of_buffers_are_closed(tmp_path: Path) -> None:
     async with serve([Disk()], tmp_path, **settings) as served, contextlib.AsyncExitStack() as stack:
         for _ in range(6):
             client = await stack.enter_async_context(served.attached())
-            await client.send(client.pack_request(Command.WRITE, 0, 32 * MIB, cookie=1) + bytes(MIB))
+            await client.send(client.pack_request(Command.WRITE, 0, 32 * MIB, cookie=1) + bytes(60_000))
         data = random.Random(8).randbytes(32 * MIB)
         async with served.attached() as honest:
-            writing = asyncio.create_task(honest.write(64 * MIB, data))
-            await busy_others(served)
-            await writing
+            async with meanwhile(honest.write(64 * MIB, data)) as writing:
+                await busy_others(served)
+                await writing
             assert await honest.read(64 * MIB, 32 * MIB) == data
 
 
@@ -195,11 +205,9 @@ async def test_request_flood_without_reading(tmp_path: Path) -> None:
                 for _ in range(400):
                     await client.send(flood)
 
-        pouring = asyncio.create_task(pour())
-        await busy_others(served)
-        assert memory_bytes() - before < 64 * MIB
-        pouring.cancel()
-        await asyncio.wait([pouring])
+        async with meanwhile(pour()):
+            await busy_others(served)
+            assert memory_bytes() - before < 64 * MIB
 
 
 async def test_slow_volume_bounds_what_is_taken_in(tmp_path: Path) -> None:
@@ -216,18 +224,18 @@ async def test_slow_volume_bounds_what_is_taken_in(tmp_path: Path) -> None:
             for index in range(50):
                 replies.append(await client.submit(Command.WRITE, index % 16 * 4 * MIB, payload=payload))
 
-        pouring = asyncio.create_task(pour())
-        await volume.arrived(1)
-        quiet_rounds, sent = 0, 0
-        while quiet_rounds < 20:
-            async with served.connected() as other:
-                await other.in_step()
-            quiet_rounds = quiet_rounds + 1 if len(replies) == sent else 0
-            sent = len(replies)
-        assert sent < 10
-        assert memory_bytes() - before < 64 * MIB
-        await volume.release()
-        await pouring
+        async with meanwhile(pour()) as pouring:
+            await volume.arrived(1)
+            quiet_rounds, sent = 0, 0
+            while quiet_rounds < 20:
+                async with served.connected() as other:
+                    await other.in_step()
+                quiet_rounds = quiet_rounds + 1 if len(replies) == sent else 0
+                sent = len(replies)
+            assert sent < 10
+            assert memory_bytes() - before < 64 * MIB
+            await volume.release()
+            await pouring
         assert {reply.error for reply in await client.wait_all(replies)} == {Err.OK}
 
 

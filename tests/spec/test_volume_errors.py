@@ -55,7 +55,6 @@ async def volume() -> ScriptedVolume:
 async def served(volume: ScriptedVolume, tmp_path: Path) -> AsyncIterator[Served]:
     async with serve_volume(volume, tmp_path) as served:
         yield served
-        volume.failure = None
 
 
 @pytest.fixture(params=["simple", "structured", "extended"])

@@ -49,6 +49,8 @@ from tests.support.nbd_spec import (
 
 PATIENCE_SECONDS = 20.0
 RECEIVE_BYTES = 1 << 18
+FIRST_PART_BYTES = 1 << 16
+"""How much of a payload goes out together with its header."""
 CLIENT_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 
 Payload = bytes | bytearray | memoryview
@@ -381,10 +383,11 @@ class NbdClient:
         header = self.pack_request(command, offset_bytes, announced, flags=flags, cookie=cookie)
         if payload is None:
             await self.send(header)
-        elif len(payload) <= 1 << 16:
-            await self.send(header + bytes(payload))
         else:
-            await self.send(header, payload)
+            view = memoryview(payload)
+            await self.send(header + bytes(view[:FIRST_PART_BYTES]))
+            if len(view) > FIRST_PART_BYTES:
+                await self.send(view[FIRST_PART_BYTES:])
         return reply
 
     async def next_reply(self) -> Reply:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nbdserver.server import Listener, Server, ServerSettings
-from objstore.volume.base import Volume, VolumeSource
+from objstore.volume.base import VolumeSource
 from objstore.volume.memory import MemorySource, MemoryVolume
+from tests.support.scripted_volume import ScriptedVolume
 from tests.support.serving import Disk, Served
 
 
@@ -77,10 +78,14 @@ async def serve(
 
 
 @asynccontextmanager
-async def serve_volume(volume: Volume, directory: Path, **settings: Any) -> AsyncIterator[OurServed]:
-    """Our server over one volume of the test's own making."""
+async def serve_volume(volume: ScriptedVolume, directory: Path, **settings: Any) -> AsyncIterator[OurServed]:
+    """Our server over a scripted volume, which holds nothing any more when the server stops."""
     source = MemorySource({volume.name: volume})
     disk = Disk(volume.name, volume.size_bytes, volume.read_only)
     async with serve_source(source, [disk], directory, **settings) as served:
-        yield served
+        try:
+            yield served
+        finally:
+            volume.failure = None
+            await volume.release()
     assert source.open_count == 0, f"{source.open_count} volumes were not closed"
