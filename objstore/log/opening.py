@@ -98,7 +98,8 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
     kept: set[int] = set()
     claim = wall_us = 0
     numbers = {zone.zone_id: zone.index for zone in env.zones}
-    looks = await _look(env, log, candidates, holders)
+    # A committed head names only segments that were durable on all their zones by then.
+    looks = await _look(env, log, candidates, holders, set(candidates) if copy_all else listed)
     for number in candidates:
         seen = looks[number]
         headers = [s.header for s in seen if s.header is not None]
@@ -147,12 +148,15 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
     return Tail(sealed, rest, unkept, next_number, wall_us)
 
 
-async def _look(env: Env, log: int, numbers: Sequence[int], holders: dict[int, list[int]]) -> dict[int, list[Seen]]:
+async def _look(
+    env: Env, log: int, numbers: Sequence[int], holders: dict[int, list[int]], durable: set[int]
+) -> dict[int, list[Seen]]:
     """Header and directory of each segment.
 
     A seal counts only if every zone that the header lists shows the same one: each zone wrote it after its own body
     was synced, so one zone's seal says nothing about another's copy. Without that the directories are left out, and the
-    records are copied like those of a segment that was never sealed.
+    records are copied like those of a segment that was never sealed. What counts is synced, except for the segments in
+    `durable`: after a kill a seal may be in the page cache alone.
     """
     numbers_of = {zone.zone_id: zone.index for zone in env.zones}
     looks: dict[int, list[Seen]] = {}
@@ -166,9 +170,13 @@ async def _look(env: Env, log: int, numbers: Sequence[int], holders: dict[int, l
             found.append(seen)
             if seen.directory is None or seen.header is None:
                 continue
+            known = number in durable
             others = [numbers_of[zone_id] for zone_id in seen.header.zones if numbers_of.get(zone_id, z) != z]
             seals = await asyncio.gather(
-                *(run(env.executor, o, seal_of, env.zones[o].backend, env.store_id, log, number) for o in others)
+                *(
+                    run(env.executor, o, seal_of, env.zones[o].backend, env.store_id, log, number, not known)
+                    for o in (others if known else [z, *others])
+                )
             )
             if any(seal != seen.directory.crc for seal in seals):
                 found = [s._replace(directory=None) for s in found]

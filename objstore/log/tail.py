@@ -82,8 +82,11 @@ def look_at(backend: Backend, store_id: bytes, log: int, number: int) -> Seen:
         handle.close()
 
 
-def seal_of(backend: Backend, store_id: bytes, log: int, number: int) -> int | None:
-    """CRC of the seal of a segment in one zone (in a zone's thread), None if it is not sealed there."""
+def seal_of(backend: Backend, store_id: bytes, log: int, number: int, sync: bool) -> int | None:
+    """CRC of the seal of a segment in one zone (in a zone's thread), None if it is not sealed there.
+
+    sync: make what is seen durable. The body is so already, as its sync came before the seal.
+    """
     try:
         handle = backend.open(segment_name(log, number))
     except NotFound:
@@ -94,7 +97,11 @@ def seal_of(backend: Backend, store_id: bytes, log: int, number: int) -> int | N
             return None
         handle.read(handle.size_bytes - FOOTER_BYTES, [memoryview(end)])
         footer = decode_footer(end, store_id=store_id, log=log, segment=number)
-        return None if footer is None else footer.crc
+        if footer is None:
+            return None
+        if sync:
+            handle.sync()
+        return footer.crc
     finally:
         handle.close()
 
