@@ -268,6 +268,7 @@ class LogWriter:
         self._sources: list[int] = []
         self._age_timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._disowned = False
 
     # -- space --------------------------------------------------------------------------------------------------
 
@@ -705,7 +706,18 @@ class LogWriter:
         if record.buffer is not None:
             self.env.pool.put(record.buffer)
             record.buffer = None
-        self.env.release_dirty(record.blocks << BLOCK_SHIFT)
+        if not self._disowned:
+            self.env.release_dirty(record.blocks << BLOCK_SHIFT)
+
+    def _disown(self) -> None:
+        """What this log will not make durable any more leaves the account of dirty data, which other logs wait for.
+        Reads still find it."""
+        if self._disowned:
+            return
+        self._disowned = True
+        gathered = 1 + self._data if self._record is not None else 0
+        left = gathered + sum(record.blocks for record in self._undurable if record.waiting)
+        self.env.release_dirty(left << BLOCK_SHIFT)
 
     def _seal_durable(self, segment: Segment) -> None:
         segment.memory = None
@@ -772,6 +784,7 @@ class LogWriter:
         if self.error is None:
             self.error = error if isinstance(error, ZoneFailed | Unavailable) else Unavailable(str(error))
             log.error("log stopped log=%d: %s", self.log, error)
+            self._disown()
         waiters = [waiter for _, waiter in self._flush_waiters] + [waiter for _, waiter in self._seal_waiters]
         self._flush_waiters.clear()
         self._seal_waiters.clear()
@@ -808,3 +821,4 @@ class LogWriter:
                 segment.handles.clear()
             else:
                 segment.close_handles()
+        self._disown()

@@ -1,0 +1,1 @@
+"""Schedules that lost data, hung or leaked once."""
