@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.nbd_client import Disconnected, NbdClient
+from tests.support.channel import Disconnected
+from tests.support.nbd_client import NbdClient
 from tests.support.nbd_spec import Command, CommandFlag, Err, Reply
 from tests.support.our_server import OurServed, serve_volume
 from tests.support.scripted_volume import ScriptedVolume

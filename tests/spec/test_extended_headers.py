@@ -99,8 +99,8 @@ async def test_every_reply_is_extended(extended: NbdClient) -> None:
         length = 0 if command == Command.FLUSH else PAGE
         reply = await extended.call(command, 0 if command == Command.FLUSH else 7 * PAGE, length)
         assert reply.error == Err.OK
-    for command, offset in ((Command.READ, END), (Command.TRIM, END + 5), (99, 77)):
-        assert (await extended.call(command, offset, 1)).error == Err.EINVAL
+    for refused, offset in ((Command.READ, END), (Command.TRIM, END + 5), (99, 77)):
+        assert (await extended.call(refused, offset, 1)).error == Err.EINVAL
 
 
 async def test_read_in_the_middle(extended: NbdClient) -> None:

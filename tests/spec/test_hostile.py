@@ -10,11 +10,13 @@ import random
 import struct
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import ExpectedWarnings
-from tests.support.nbd_client import Disconnected, NbdClient, attached, connected
+from tests.support.channel import Disconnected
+from tests.support.nbd_client import NbdClient, attached, connected
 from tests.support.nbd_spec import OPTION_HEADER, Command, CommandFlag, Err, Option, Rep
 from tests.support.our_server import serve, serve_volume
 from tests.support.scripted_volume import ScriptedVolume
@@ -164,7 +166,7 @@ async def test_write_lengths_reserve_nothing(tmp_path: Path) -> None:
 
 async def test_hoarders_of_buffers_are_closed(tmp_path: Path) -> None:
     """Clients that announce payloads and stall hold buffers that others wait for: after a while they are dropped."""
-    settings = {"buffer_bytes_max": 128 * MIB, "stall_seconds": 0.2}
+    settings: dict[str, Any] = {"buffer_bytes_max": 128 * MIB, "stall_seconds": 0.2}
     async with serve([Disk()], tmp_path, **settings) as served, contextlib.AsyncExitStack() as stack:
         for _ in range(6):
             client = await stack.enter_async_context(served.attached())

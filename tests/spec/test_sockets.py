@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.nbd_client import Disconnected, NbdClient, attached
+from tests.support.channel import Disconnected
+from tests.support.nbd_client import NbdClient, attached
 from tests.support.nbd_spec import Command, Err, Option, Rep
 from tests.support.our_server import OurServed, serve
 from tests.support.serving import MIB, Disk, eventually

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.nbd_client import Disconnected, NbdClient, attached, connected
+from tests.support.channel import Disconnected
+from tests.support.nbd_client import NbdClient, attached, connected
 from tests.support.nbd_spec import Command, Err, Option, Rep
 from tests.support.our_server import serve, serve_volume
 from tests.support.scripted_volume import ScriptedVolume

@@ -106,7 +106,7 @@ async def serve_peer(program: str, disk: Disk, directory: Path) -> AsyncIterator
             'exec 3<&0 0</dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"',
             "sh",
             *command,
-            stdin=listener,
+            stdin=listener.fileno(),
             stderr=asyncio.subprocess.DEVNULL,
         )
     try:
