@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdserver.server import Listener, Server, ServerSettings
-from objstore.volume.base import VolumeSource
+from objstore.volume.base import Volume, VolumeSource
 from objstore.volume.memory import MemorySource, MemoryVolume
 from tests.support.scripted_volume import ScriptedVolume
 from tests.support.serving import Disk, Served
@@ -78,14 +78,15 @@ async def serve(
 
 
 @asynccontextmanager
-async def serve_volume(volume: ScriptedVolume, directory: Path, **settings: Any) -> AsyncIterator[OurServed]:
-    """Our server over a scripted volume, which holds nothing any more when the server stops."""
+async def serve_volume(volume: Volume, directory: Path, **settings: Any) -> AsyncIterator[OurServed]:
+    """Our server over one volume. A scripted one holds nothing any more when the server stops."""
     source = MemorySource({volume.name: volume})
     disk = Disk(volume.name, volume.size_bytes, volume.read_only)
     async with serve_source(source, [disk], directory, **settings) as served:
         try:
             yield served
         finally:
-            volume.failure = None
-            await volume.release()
+            if isinstance(volume, ScriptedVolume):
+                volume.failure = None
+                await volume.release()
     assert source.open_count == 0, f"{source.open_count} volumes were not closed"
