@@ -52,10 +52,11 @@ class Request:
     acked: bool = False
     durable_when_acked: bool = False
     changes: dict[int, State] = field(default_factory=dict)
+    stamp: int = 0
 
     def __str__(self) -> str:
         state = "answered" if self.acked else "in flight"
-        return f"#{self.number} {self.action} {self.offset_bytes}+{self.length_bytes}{' fua' * self.fua} ({state})"
+        return f"#{self.number} ({self.stamp:#x}) {self.action} {self.offset_bytes}+{self.length_bytes}{' fua' * self.fua} ({state})"
 
 
 class DiskModel:

@@ -495,7 +495,7 @@ class Client:
         self.scenario.request_number += 1
         fua = rng.random() < 0.06
         data = stamped(self.scenario.request_number, offset, length) if action == "write" else b""
-        request = Request(action, offset, length, data, fua)
+        request = Request(action, offset, length, data, fua, stamp=self.scenario.request_number)
         gone = rng.random() < 0.01
 
         def alive() -> bool:
@@ -544,6 +544,7 @@ class Client:
         model, volume = self.model, self.volume
         into = memoryview(bytearray(length))
         low = model.reading()
+        self.world.note(f"{model.name} reads {offset}+{length} at {low}")
         zeros = volume.read_now(offset, length, into)
         if zeros < 0:
             zeros = await volume.read(offset, length, into)
@@ -578,7 +579,7 @@ class Client:
 def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
     """Ascending blocks as (first, count) of neighbours, at most READ_BYTES_MAX each."""
     most = READ_BYTES_MAX // BLOCK_BYTES
-    start = previous = -1
+    start = previous = -2
     for block in blocks:
         if block == previous + 1 and block - start < most:
             previous = block
