@@ -169,7 +169,7 @@ class Collector:
         return blocks > wanted or self._pressed > 0
 
     def _owed(self) -> bool:
-        """So much waits for checkpoints before it is freed that collecting more would only take more space."""
+        """So much waits for checkpoints before it is freed that moving more blocks would only take more space."""
         disk = self.disk
         return disk.dead_blocks > max(4 * disk.writer.segment_blocks, disk.live_total // 8)
 
@@ -179,7 +179,7 @@ class Collector:
         below = min(disk.writer.unsealed, default=disk.writer.tail_number)
         below = min(below, disk.parts_from(below))
         share_max = 0.0
-        if self._crowded():
+        if self._crowded() and not self._owed():
             share_max = SHARE_FULL_MAX if self._pressed else SHARE_MAX
         found = [
             (segment.live / segment.blocks, number, segment)
@@ -192,7 +192,7 @@ class Collector:
     async def _round(self) -> bool:
         """Collect a few victims; False when there is nothing to do."""
         await self._count_dropped()
-        victims = [] if self._owed() else self._victims()
+        victims = self._victims()
         if not victims:
             return False
         for segment in victims:

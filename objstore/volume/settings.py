@@ -16,6 +16,7 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "dirty_bytes_max": (1 * MIB, 16 * GIB),
     "dirty_age_seconds": (0.05, 60.0),
     "segment_bytes": (256 * KIB, 16 * MIB),  # the map's 12 bits of block number reach 4,096 blocks
+    "recycle_bytes_max": (0, 16 * GIB),
     "map_memory_bytes": (4 * MIB, 64 * GIB),
 }
 
@@ -28,6 +29,7 @@ class StoreSettings:
     dirty_age_seconds: data no flush asked for goes to the zones at this age.
     segment_bytes: a segment of new data is sealed at this size (whole blocks).
     map_memory_bytes: memory for the block maps of all VDIs.
+    recycle_bytes_max: freed segment files that each zone keeps to write again instead of making new ones; 0 = none.
     Raises InvalidRequest, naming the field and its range.
     """
 
@@ -35,6 +37,7 @@ class StoreSettings:
     dirty_age_seconds: float = 1.0
     segment_bytes: int = 8 * MIB
     map_memory_bytes: int = 64 * MIB
+    recycle_bytes_max: int = 64 * MIB
 
     def __post_init__(self) -> None:
         for field in fields(self):

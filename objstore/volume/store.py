@@ -27,6 +27,7 @@ from objstore.log.address import LOG_MAX
 from objstore.log.checkpoint import checkpoint_folder
 from objstore.log.env import Env
 from objstore.log.segment import log_folder
+from objstore.log.writer import segment_blocks
 from objstore.names import check_name
 from objstore.replica.members import (
     ZonePlace,
@@ -44,7 +45,7 @@ from objstore.replica.members import (
     write_epoch,
 )
 from objstore.replica.zone import Executor, ThreadExecutor, Zone, run
-from objstore.units import BLOCK_SHIFT, VDI_BYTES_MAX, format_size
+from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.version import VERSION
 from objstore.volume.base import Volume, VolumeInfo
 from objstore.volume.catalog import Catalog
@@ -471,7 +472,6 @@ async def open_store(
     settings: StoreSettings | None = None,
     create: bool = False,
     lock_note: str = "",
-    recycle_files_max: int = 0,
 ) -> Store:
     """Open the store whose zones are these directories. create: empty or missing directories become a new store.
 
@@ -479,6 +479,8 @@ async def open_store(
     mixed-up directories; NotFound: no store there; Busy: another process has it (its note is in the message);
     FormatError: a newer format; Unavailable: zones are missing; Corrupt: the catalog is damaged in every zone.
     """
+    settings = settings or StoreSettings()
+    spares = settings.recycle_bytes_max // (segment_blocks(settings.segment_bytes) * BLOCK_BYTES)
     backends: list[tuple[Backend, str]] = []
     names = [absolute(path) for path in paths]
     for path in names:
@@ -493,7 +495,7 @@ async def open_store(
             raise NotFound(f"{path} is no directory")
     try:
         for path in names:
-            backends.append((DirectoryBackend(path, recycle_files_max=recycle_files_max), path))
+            backends.append((DirectoryBackend(path, recycle_files_max=spares), path))
         return await open_zones(backends, settings=settings, create=create, lock_note=lock_note)
     except StoreError:
         for backend, _ in backends:
