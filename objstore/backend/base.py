@@ -133,6 +133,11 @@ class Backend(ABC):
         """Remove the object; open handles go on reading it. Absent is not an error. The removal need not be durable."""
 
     @abstractmethod
+    def delete_all(self, prefix: str) -> None:
+        """Remove every object below the folder `prefix`; on return the removals are durable, those of earlier `delete`
+        calls there included. Nobody creates objects there meanwhile."""
+
+    @abstractmethod
     def retire(self, name: str) -> None:
         """As delete, but the backend may keep the file in a bounded pool for `create` to use again.
         The caller promises that nobody reads the object any more and no call on it is outstanding."""

@@ -147,6 +147,20 @@ class DirectoryBackend(Backend):
                 return
             self._drop_empty_folders(folder_of(name))
 
+    def delete_all(self, prefix: str) -> None:
+        folder = prefix_of(prefix).rstrip("/")
+        for entry in self.list(prefix):
+            with self._calls("delete_all", entry.name), suppress(FileNotFoundError):
+                self._fs.unlink(entry.name, dir_fd=self._root)
+        with self._calls("delete_all", prefix):
+            self._sync_if_there(folder)
+            self._drop_empty_folders(folder)
+            self._sync_if_there(folder_of(folder))
+
+    def _sync_if_there(self, folder: str) -> None:
+        with suppress(FileNotFoundError), self._open_folder(folder) as fd:
+            self._fs.fsync(fd)
+
     def retire(self, name: str) -> None:
         _check_object_name(name)
         if not self._spares.files_max:

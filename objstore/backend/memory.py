@@ -97,6 +97,10 @@ class MemoryBackend(Backend):
         with self._storage.mutex:
             self._storage.objects.pop(name, None)
 
+    def delete_all(self, prefix: str) -> None:
+        for entry in self.list(prefix):
+            self.delete(entry.name)
+
     def retire(self, name: str) -> None:
         self.delete(name)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from objstore.backend.base import Backend
-from objstore.errors import NotFound
 from objstore.format.catalog import HeadEntry, VdiEntry
 from objstore.format.checkpoint import DEAD
 from objstore.log.blockmap import BlockMap, PageRef
@@ -56,7 +55,10 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
     head = NO_HEAD
     if entry is not None:
         head = Head(entry.generation, tuple(entry.tail), entry.first_number, entry.checkpoint, entry.clean)
-    loaded, sizes = await newest_checkpoint(env, log, head.checkpoint)
+    place = placement(env, log, vdi.copies)
+    # Checkpoints lie where segment 0 would, so that their place needs no record of its own.
+    checkpoint_zones = place(0)
+    loaded, sizes = await newest_checkpoint(env, log, head.checkpoint, checkpoint_zones)
     base = Base(0, 0, 0)
     pages: dict[int, PageRef] = {}
     if loaded is not None:
@@ -64,7 +66,6 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
         columns = [loaded.root[name].tolist() for name in ("region", "checkpoint", "offset", "length")]
         pages = {region: PageRef(*ref) for region, *ref in zip(*columns, strict=True)}
     tail = await read_tail(env, log, head, base)
-    place = placement(env, log, vdi.copies)
     position, previous_crc = base.position, base.previous_crc
     if tail.sealed:
         position, previous_crc = tail.sealed[-1][0].last_position, tail.sealed[-1][0].last_crc
@@ -80,8 +81,7 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
         segment_bytes=env.settings.segment_bytes,
     )
     disk = Disk(env, log, blocks, BlockMap(pages), writer)
-    # Checkpoints lie where segment 0 would, so that their place needs no record of its own.
-    disk.checkpoint_zones = lambda number: place(0)
+    disk.checkpoint_zones = lambda number: checkpoint_zones
     disk.pages = pages
     keeper = Keeper(disk)
     _restore_keeper(keeper, loaded, sizes)
@@ -182,10 +182,6 @@ async def drop_garbage(env: Env, log: int, garbage: dict[int, tuple[int, ...]]) 
 
 
 def purge_log(backend: Backend, folders: list[str]) -> None:
-    """In a zone's thread: remove every object of a deleted log."""
+    """In a zone's thread: remove every object of a deleted log, durably."""
     for folder in folders:
-        for entry in backend.list(folder):
-            try:
-                backend.delete(entry.name)
-            except NotFound:
-                continue
+        backend.delete_all(folder)

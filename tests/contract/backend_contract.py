@@ -453,6 +453,17 @@ class BackendContract:
         backend.put("a/b/c", b"3")
         assert backend.get("a/b/c") == b"3"
 
+    def test_delete_all(self, place: Place) -> None:
+        backend = place.open()
+        for name in ("a/b/c", "a/b/d", "a/bc", "a/e"):
+            backend.put(name, b"1")
+        backend.delete_all("a/b/")
+        backend.delete_all("a/b/")
+        backend.delete_all("never/was/")
+        assert names(backend) == ["a/bc", "a/e"]
+        backend.put("a/b/c", b"2")
+        assert backend.get("a/b/c") == b"2"
+
     def test_deleted_object_stays_readable_where_it_is_open(self, place: Place) -> None:
         backend = place.open()
         content = random.Random(2).randbytes(SIZE)
@@ -594,6 +605,17 @@ class FaultContract:
             assert backend.get(f"streams/{seed}/c") == b"c"
             assert backend.get(f"d{seed}") == b"new"
             assert backend.list(f"log/{seed}/") == [Entry(f"log/{seed}/e", SIZE)]
+
+    def test_delete_all_is_durable(self, place: FaultyPlace) -> None:
+        for seed in range(SEEDS):
+            backend = place.open()
+            for name in ("a", "b", "c"):
+                backend.put(f"gone/{seed}/{name}", b"1")
+            backend.put(f"kept/{seed}", b"1")
+            backend.delete(f"gone/{seed}/a")
+            backend.delete_all(f"gone/{seed}/")
+            place.cut_power(random.Random(seed))
+            assert names(place.open(), f"gone/{seed}/") == []
 
     def test_what_was_found_is_durable_once_used(self, place: FaultyPlace) -> None:
         """A folder left by a process that was killed before it synced the folder's name."""

@@ -232,6 +232,11 @@ def _handle(kind: type[FileHandle]) -> Callable[[str, FileSystem], Backend]:
     return _backend(WithHandles)
 
 
+class RemovalNotDurable(DirectoryBackend):
+    def _sync_if_there(self, folder: str) -> None:
+        pass
+
+
 def _calls(**calls: Callable[..., Any]) -> Callable[[str, FileSystem], Backend]:
     """A sound backend on a file system with some calls replaced."""
     return lambda path, fs: DirectoryBackend(path, fs=_Without(fs, **calls))  # type: ignore[arg-type]
@@ -272,6 +277,7 @@ BROKEN = [
     Broken(
         "delete closes readers", "test_deleted_object_stays_readable_where_it_is_open", _backend(DeleteClosesReaders)
     ),
+    Broken("removal is not durable", "test_delete_all_is_durable", _backend(RemovalNotDurable)),
     Broken("lock is not exclusive", "test_lock_is_exclusive", _calls(lock_exclusive=lambda fd: None)),
     Broken("lock note outlives its holder", "test_lock_is_exclusive", _calls(is_locked=lambda fd: True)),
     Broken("crashes leave litter", "test_crashes_leave_no_litter", _backend(LitterStays)),
