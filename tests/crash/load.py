@@ -4,7 +4,8 @@ import asyncio
 import random
 from typing import Final
 
-from tests.support.nbd_client import Disconnected, NbdClient, attached
+from tests.support.channel import Disconnected
+from tests.support.nbd_client import NbdClient, attached
 from tests.support.nbd_spec import Command, CommandFlag, Reply
 from tests.support.oracle import BLOCK_BYTES, Oracle, Write
 

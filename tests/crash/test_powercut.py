@@ -15,8 +15,8 @@ import pytest
 
 from tests.crash.load import check_image, write_until_gone
 from tests.crash.server import RealServer, ServerEnded
+from tests.support.channel import Disconnected
 from tests.support.clients import unavailable
-from tests.support.nbd_client import Disconnected
 from tests.support.oracle import Oracle
 from tests.support.powercut_control import PowerCutDisk, why_not
 from tests.support.powercut_disk import Cut
@@ -60,7 +60,8 @@ async def live_until_cut(
     try:
         await asyncio.wait({freeze, living}, return_when=asyncio.FIRST_COMPLETED)
         if not freeze.done():
-            raise AssertionError(f"before the power failed: {server.last_words()}") from living.exception()
+            words = f"before the power failed; disk: {disk.stat()}; the server's log: {server.last_words()}"
+            raise AssertionError(words) from living.exception()
         server.kill()
         report = await asyncio.to_thread(disk.cut, rng.choice(list(Cut)), rng.getrandbits(32))
         await server.ended()
