@@ -350,12 +350,12 @@ class Scenario:
 
     async def _serve(self, store: Store) -> None:
         rng = self.rng
-        quota = rng.randrange(20, 120)
+        clients = [name for name in sorted(self.models) for _ in range(rng.choice((1, 2, 3)))]
+        each = rng.randrange(30, 200) // len(clients) + 1
         tasks = []
-        for name in sorted(self.models):
-            for _ in range(rng.choice((1, 2, 3))):
-                client = Client(self, store, self.models[name], random.Random(rng.getrandbits(64)))
-                tasks.append(asyncio.ensure_future(client.run(quota)))
+        for name in clients:
+            client = Client(self, store, self.models[name], random.Random(rng.getrandbits(64)))
+            tasks.append(asyncio.ensure_future(client.run(each)))
         tasks.append(asyncio.ensure_future(self._administrate(store, random.Random(rng.getrandbits(64)))))
         await asyncio.gather(*tasks)
 
