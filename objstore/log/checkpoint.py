@@ -75,10 +75,31 @@ def read_checkpoint(backend: Backend, store_id: bytes, log: int, number: int) ->
         handle.close()
 
 
-async def newest_checkpoint(env: Env, log: int, expected: int) -> tuple[Loaded | None, dict[int, int]]:
+def copy_checkpoint(source: Backend, target: Backend, log: int, number: int) -> None:
+    """In a zone's thread: put a copy of a checkpoint into another zone, durably. What is damaged stays so."""
+    name = checkpoint_name(log, number)
+    handle = source.open(name)
+    writer = target.put_stream(name)
+    try:
+        chunk = memoryview(bytearray(CHUNK_BYTES))
+        offset = 0
+        while length := handle.read(offset, [chunk]):
+            writer.write([chunk[:length]])
+            offset += length
+        writer.commit()
+    finally:
+        writer.abort()
+        handle.close()
+
+
+async def newest_checkpoint(
+    env: Env, log: int, expected: int, zones: Iterable[int]
+) -> tuple[Loaded | None, dict[int, int]]:
     """(the newest whole checkpoint of any zone or None if there never was one, numbers seen -> bytes).
 
     expected: the number that the head names; Corrupt if neither it, nor a newer one, nor the one before can be read.
+    zones: which have the checkpoints of this log. One of them that lacks the object was not reached before the process
+    died: it gets its copy now, before anything is built on a checkpoint that could be lost with one zone.
     """
     seen: dict[int, list[int]] = {}
     sizes: dict[int, int] = {}
@@ -88,14 +109,17 @@ async def newest_checkpoint(env: Env, log: int, expected: int) -> tuple[Loaded |
             seen.setdefault(int(digits, 16), []).append(zone.index)
             sizes[int(digits, 16)] = entry.size_bytes
     for number in sorted(seen, reverse=True):
-        if number < expected - 1:
-            break
         for z in seen[number]:
+            backend = env.zones[z].backend
             try:
-                backend = env.zones[z].backend
-                return await run(env.executor, z, read_checkpoint, backend, env.store_id, log, number), sizes
+                loaded = await run(env.executor, z, read_checkpoint, backend, env.store_id, log, number)
             except (FormatError, NotFound):
                 continue
+            for lacking in set(zones).difference(seen[number]):
+                await run(env.executor, z, copy_checkpoint, backend, env.zones[lacking].backend, log, number)
+            return loaded, sizes
+        if number < expected:
+            break  # this was the one before: what an older one needs may have been freed
     if seen or expected:
         raise Corrupt(f"no checkpoint can be read log={log} expected={expected} found={sorted(seen)}")
     return None, sizes

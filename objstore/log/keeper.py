@@ -122,6 +122,8 @@ class Keeper:
             await asyncio.wait([self._task])
         if self._failed is not None:
             raise self._failed
+        if self.disk.writer.error is not None:
+            raise self.disk.writer.error
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -144,13 +146,14 @@ class Keeper:
         self.next_number += 1
         live = [segment for segment in disk.segments.values() if segment.number < next_segment]
         dead = [segment for segment, _ in disk.dead.values()]
-        rows = [(segment, LIVE) for segment in live]
-        rows += [(segment, DEAD) for segment, seen in disk.dead.values() if not seen]
+        # The counters of this moment: replay of the tail goes on from there.
+        rows = [(segment, segment.live, LIVE) for segment in live]
+        rows += [(segment, 0, DEAD) for segment, seen in disk.dead.values() if not seen]
         frozen = disk.map.freeze()
         self._task = disk.env.loop.create_task(self._write(header, frozen, rows, dead))
 
     async def _write(
-        self, header: CheckpointHeader, frozen: Frozen, rows: list[tuple[Segment, int]], dead: list[Segment]
+        self, header: CheckpointHeader, frozen: Frozen, rows: list[tuple[Segment, int, int]], dead: list[Segment]
     ) -> None:
         disk = self.disk
         changed = frozen.regions
@@ -167,8 +170,8 @@ class Keeper:
             pages.update(output.refs)
             table = np.array(
                 [
-                    (s.number, s.blocks, s.seal_crc, s.live, sum(1 << z for z in s.zones), s.generation, state)
-                    for s, state in rows
+                    (s.number, s.blocks, s.seal_crc, live, sum(1 << z for z in s.zones), s.generation, state)
+                    for s, live, state in rows
                 ],
                 TABLE,
             )
@@ -251,20 +254,23 @@ class Keeper:
             disk.dead_blocks -= segment.blocks
             disk.env.segments.pop(segment.key, None)
             segment.close_handles()
-            left = len(segment.zones)
+            self._retire(segment)
 
-            def gone(result: object, error: BaseException | None) -> None:
-                nonlocal left
-                left -= 1
-                _ignored(result, error)
-                if not left:
-                    self.freed += 1
-                    if self.on_progress is not None:
-                        self.on_progress()
+    def _retire(self, segment: Segment) -> None:
+        left = len(segment.zones)
 
-            for zone in segment.zones:
-                backend = disk.env.zones[zone].backend
-                disk.env.executor.submit(zone, backend.retire, (segment.name,), gone)
+        def gone(result: object, error: BaseException | None) -> None:
+            nonlocal left
+            left -= 1
+            _ignored(result, error)
+            if not left:
+                self.freed += 1
+                if self.on_progress is not None:
+                    self.on_progress()
+
+        env = self.disk.env
+        for zone in segment.zones:
+            env.executor.submit(zone, env.zones[zone].backend.retire, (segment.name,), gone)
 
     def _delete(self, name: str, zones: tuple[int, ...]) -> None:
         for zone in zones:

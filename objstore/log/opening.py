@@ -191,13 +191,16 @@ async def _look(
 async def copy_rest(writer: LogWriter, rest: Iterable[SurvivingRecord]) -> None:
     """Append the surviving records again, request by request, each operation keeping its position; then seal and sync.
 
-    The writer's observer is told of the segments made, in order.
+    The writer's observer is told of the segments made, in order. No operation is split, so where segments have become
+    smaller by a change of settings, these are made large enough for the largest one, all of them alike.
     """
+    rest = list(rest)
+    largest = max((len(crcs) for record in rest for _, _, _, crcs, _ in data_spans(record.header)), default=0)
+    writer.segment_blocks = max(writer.segment_blocks, largest + FRESH_MARGIN_BLOCKS)
     for record in rest:
         assert record.header.position == writer.position + 1, "every operation keeps its position"
         for bits, count, at, crcs, sources in data_spans(record.header):
             blocks = len(crcs)
-            writer.segment_blocks = max(writer.segment_blocks, blocks + FRESH_MARGIN_BLOCKS)
             while not writer.room_for_batch(blocks):
                 await writer.make_room(0)
             writer.append(
