@@ -1,0 +1,234 @@
+"""Opening VDIs: from the newest checkpoint, from the one before it, after any end of the process before."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+
+from objstore.errors import Corrupt
+from objstore.log.checkpoint import checkpoint_folder
+from objstore.units import BLOCK_BYTES, KIB, MIB
+from objstore.volume.settings import StoreSettings
+from objstore.volume.vdi import Vdi
+from tests.support.stepping import World, executor_of, turns
+
+SIZE_BYTES = 4 * MIB
+BLOCKS = SIZE_BYTES // BLOCK_BYTES
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World(2)
+    await world.open(create=True)
+    yield world
+    await world.kill()
+
+
+class Disk:
+    """A VDI of a world and what it must hold."""
+
+    def __init__(self, world: World, *, seed: int = 1, size_bytes: int = SIZE_BYTES) -> None:
+        self.world = world
+        self.dice = random.Random(seed)
+        self.model = bytearray(size_bytes)
+        self.vdi: Vdi
+
+    async def create(self) -> "Disk":
+        assert self.world.store is not None
+        await self.world.store.create_vdi("disk", len(self.model), copies=2, mode="writeback-always")
+        await self.open()
+        return self
+
+    async def open(self) -> None:
+        assert self.world.store is not None
+        vdi = await self.world.store.open("disk")
+        assert isinstance(vdi, Vdi)
+        self.vdi = vdi
+
+    async def reopen(self, *, clean: bool) -> None:
+        await (self.world.stop() if clean else self.world.kill())
+        await self.world.open()
+        await self.open()
+
+    async def churn(self, writes: int, blocks_max: int = 24) -> None:
+        """Random writes, trims and zeros of whole blocks."""
+        for _ in range(writes):
+            blocks = self.dice.randint(1, blocks_max)
+            first = self.dice.randrange(BLOCKS - blocks)
+            low, length = first * BLOCK_BYTES, blocks * BLOCK_BYTES
+            choice = self.dice.random()
+            if choice < 0.9:
+                data = self.dice.randbytes(length)
+                await self.vdi.write(low, memoryview(data))
+            else:
+                data = bytes(length)
+                await (self.vdi.trim(low, length) if choice < 0.95 else self.vdi.zero(low, length, no_hole=True))
+            self.model[low : low + length] = data
+
+    async def check(self) -> None:
+        into = memoryview(bytearray(MIB))
+        for low in range(0, len(self.model), MIB):
+            part = into[: min(MIB, len(self.model) - low)]
+            if await self.vdi.read(low, len(part), part) == len(part):
+                part[:] = bytes(len(part))
+            assert part == self.model[low : low + MIB], f"contents differ at {low}"
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return self.world.names(0, checkpoint_folder(1))
+
+
+@pytest.fixture
+async def disk(world: World) -> Disk:
+    return await Disk(world).create()
+
+
+@pytest.mark.parametrize("clean", [True, False])
+async def test_contents_survive_every_restart(disk: Disk, clean: bool) -> None:
+    for _ in range(6):
+        await disk.churn(60)
+        await disk.vdi.flush()
+        await disk.reopen(clean=clean)
+        await disk.check()
+
+
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("where", ["header", "footer", "table", "missing"])
+async def test_the_checkpoint_before_serves_when_the_newest_is_lost(disk: Disk, where: str, clean: bool) -> None:
+    """Segments that died between the two must still be there; and the fallback can be lost and found again."""
+    for turn in range(3):
+        await disk.churn(250)
+        await disk.vdi.keeper.checkpoint()
+        await turns()
+        await disk.churn(250)
+        await disk.vdi.keeper.checkpoint()
+        await turns()
+        await disk.churn(150 * (turn % 2))
+        await disk.vdi.flush()
+        freed = disk.vdi.keeper.freed
+        await (disk.world.stop() if clean else disk.world.kill())
+        newest = disk.checkpoints[-1]
+        if where == "missing":
+            for storage in disk.world.storages:
+                del storage.objects[newest]
+        else:
+            disk.world.damage(newest, {"header": 20, "footer": -100, "table": -140}[where])
+        await disk.world.open()
+        await disk.open()
+        await disk.check()
+    assert freed, "no segment was freed: the test did not test much"
+
+
+async def test_no_older_checkpoint_than_the_one_before_is_believed(disk: Disk) -> None:
+    for _ in range(3):
+        await disk.churn(250)
+        await disk.vdi.keeper.checkpoint()
+    await disk.world.stop()
+    for name in disk.checkpoints[-2:]:
+        disk.world.damage(name, 20)
+    await disk.world.open()
+    with pytest.raises(Corrupt, match="no checkpoint can be read"):
+        await disk.open()
+
+
+async def test_a_gap_in_the_numbers_of_checkpoints_does_not_hide_the_one_before(disk: Disk) -> None:
+    """A checkpoint was given up for want of space: the one before the newest has not the number before."""
+    await disk.churn(100)
+    await disk.vdi.keeper.checkpoint()
+    number = disk.vdi.keeper.number
+    disk.vdi.keeper.next_number += 1
+    await disk.churn(3)
+    await disk.vdi.keeper.checkpoint()
+    assert disk.vdi.keeper.number == number + 2
+    await disk.vdi.flush()
+    await disk.reopen(clean=False)
+    await disk.world.kill()
+    disk.world.damage(disk.checkpoints[-1], 20)
+    await disk.world.open()
+    await disk.open()
+    await disk.check()
+
+
+async def test_a_checkpoint_of_one_zone_is_copied_to_the_others(disk: Disk) -> None:
+    """The process died between the two zones: what is built on that checkpoint must not hang on a single copy."""
+    await disk.churn(100)
+    await disk.vdi.keeper.checkpoint()
+    await disk.vdi.flush()
+    await disk.world.kill()
+    newest = disk.checkpoints[-1]
+    del disk.world.storages[1].objects[newest]
+    await disk.world.open()
+    await disk.open()
+    assert newest in disk.world.storages[1].objects
+    await disk.world.kill()
+    disk.world.damage(newest, 20, zones=[0])
+    disk.world.damage(newest, 5000, zones=[0])
+    await disk.world.open()
+    await disk.open()
+    await disk.check()
+
+
+async def test_a_segment_sealed_in_one_zone_only_is_copied(disk: Disk) -> None:
+    """Its seal proves nothing about the body in the other zone, whose sync may never have come."""
+    await disk.churn(1, 1)
+    await disk.vdi.flush()
+    segment = disk.vdi.disk.writer.segment
+    assert segment is not None
+    executor = executor_of(disk.vdi.disk.env)
+    executor.hold(1)
+    await disk.churn(3, 2)
+    disk.vdi.disk.writer.finish_segment()
+    disk.vdi.disk.writer.request_sync()
+    await turns()
+    sizes = [len(storage.objects[segment.name]) for storage in disk.world.storages]
+    assert sizes[0] < sizes[1], "sealed in zone 0 alone"
+    await disk.reopen(clean=False)
+    await disk.check()
+    await disk.vdi.flush()
+    for name in disk.world.names(0, "log/000001/"):
+        objects = [storage.objects[name] for storage in disk.world.storages]
+        assert objects[0] == objects[1], "what was read and flushed is in both zones"
+
+
+@pytest.mark.parametrize("smaller", [256 * KIB, 512 * KIB])
+async def test_opening_with_smaller_segments_than_before(smaller: int) -> None:
+    """The unsealed end has operations larger than the segments that the settings now ask for."""
+    world = World(2, settings=StoreSettings(segment_bytes=8 * MIB, dirty_age_seconds=60.0))
+    await world.open(create=True)
+    try:
+        disk = await Disk(world).create()
+        for blocks in (1, 10, 60, 70, 100, 200, 250, 1, 90):
+            data = disk.dice.randbytes(blocks * BLOCK_BYTES)
+            await disk.vdi.write(0, memoryview(data))
+            disk.model[: len(data)] = data
+        await disk.vdi.flush()
+        await world.kill()
+        world.settings = StoreSettings(segment_bytes=smaller, dirty_age_seconds=60.0)
+        await world.open()
+        await disk.open()
+        await disk.check()
+        await disk.reopen(clean=True)
+        await disk.check()
+    finally:
+        await world.kill()
+
+
+async def test_live_counters_of_a_checkpoint_are_those_of_its_position(disk: Disk) -> None:
+    """What clients overwrite while it is being written is counted again when the tail is replayed."""
+    data = memoryview(disk.dice.randbytes(40 * BLOCK_BYTES))
+    await disk.vdi.write(0, data)
+    disk.model[: len(data)] = data
+    await turns()
+    executor = executor_of(disk.vdi.disk.env)
+    executor.hold(0)
+    checkpoint = asyncio.create_task(disk.vdi.keeper.checkpoint())
+    await turns()
+    await disk.vdi.write(0, data)
+    executor.release(0)
+    await checkpoint
+    await disk.vdi.flush()
+    await disk.reopen(clean=False)
+    assert disk.vdi.disk.live_total == 40
+    assert sorted(segment.live for segment in disk.vdi.disk.segments.values()) == [0, 40]
+    await disk.check()
