@@ -71,7 +71,6 @@ class DiskModel:
         self.size_bytes = size_bytes
         self.mode = mode
         self.copies = copies
-        self.log = 0
         self.existence = "maybe"
         self.deleting = False
         self.base: dict[int, State] = {}

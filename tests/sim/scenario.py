@@ -77,9 +77,6 @@ class Scenario:
         self.store: Store | None = None
         self.open_models: dict[str, Vdi] = {}
         self.windows: dict[str, list[int]] = {}
-        self.deleted_logs: set[int] = set()
-        self.revived_logs: set[int] = set()
-        """Logs of deleted VDIs whose removed names a power cut may have brought back."""
         self.names = 0
         self.request_number = 0
         self.recycle = rng.choice((0, 0, 3, 12))
@@ -146,10 +143,7 @@ class Scenario:
         self.open_models.clear()
         if world.dead:
             self.crashes += 1
-            mode = "kill" if rng.random() < 0.4 else "power"
-            world.bury(mode)
-            if mode == "power":
-                self.revived_logs |= self.deleted_logs
+            world.bury("kill" if rng.random() < 0.4 else "power")
             for model in self.models.values():
                 model.crashed()
         else:
@@ -245,14 +239,13 @@ class Scenario:
             if (model.existence == "yes") != (name in names) and model.existence != "maybe":
                 raise Violation(f"VDI {name} should exist: {model.existence}; the store has {sorted(names)}")
             if model.existence == "no":
-                self._forget(model)
+                del self.models[name]
         unknown = names - self.models.keys()
         if unknown:
             raise Violation(f"VDIs nobody made: {sorted(unknown)}")
         for name, model in sorted(self.models.items()):
             if name in names:
                 entry = store.vdi(name)
-                model.log = entry.log
                 shown = (entry.size_bytes, entry.mode, entry.copies)
                 if shown != (model.size_bytes, model.mode, model.copies):
                     raise Violation(f"VDI {name} came back as {shown}")
@@ -274,7 +267,6 @@ class Scenario:
                 continue
             world.active["create"] -= 1
             model.existence = "yes"
-            model.log = store.vdi(model.name).log
             world.note(f"created {model.name} {model.size_bytes} {model.mode} copies={model.copies}")
             return
 
@@ -389,11 +381,7 @@ class Scenario:
             break
         world.active["delete"] -= 1
         world.note(f"deleted {model.name}")
-        self._forget(model)
-
-    def _forget(self, model: DiskModel) -> None:
         del self.models[model.name]
-        self.deleted_logs.add(model.log)
 
     # -- what must hold between operations ----------------------------------------------------------------------
 
@@ -413,9 +401,7 @@ class Scenario:
         for z in range(len(self.world.zones)):
             found = {name for name in self.world.files(z) if not name.startswith(("epoch/", "catalog/", "spare/"))}
             found -= {"superblock", "lock"}
-            revived = (f"{log:06x}" for log in self.revived_logs)
-            skipped = tuple(f"{folder}/{log}/" for log in ("000000", *revived) for folder in ("log", "checkpoint"))
-            found = {name for name in found if not name.startswith(skipped)}
+            found = {name for name in found if not name.startswith("log/000000/")}
             wanted = set()
             for volume in self.open_models.values():
                 disk = volume.disk
