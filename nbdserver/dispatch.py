@@ -12,7 +12,7 @@ Spec: proto.md, "Request types", "Error values", "Structured reply types".
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from nbdserver.buffers import HEAD_BYTES, Buffer, BufferPool
 from nbdserver.chunks import SPARSE_BYTES_MIN, damaged, sparse
@@ -35,6 +35,7 @@ enough for a core's second-level cache."""
 REPLY_AREA_BYTES: Final = BATCH_READ_BYTES_MAX + BATCH_REQUESTS_MAX * wire.HEADER_BYTES_MAX
 DAMAGED_RANGES_MAX: Final = 64
 """With more bad ranges than this a read fails as a whole."""
+FLUSHES_JOINED_MAX: Final = 256
 ZEROS: Final = memoryview(bytes(BATCH_READ_BYTES_MAX))
 
 _FUA: Final = int(CommandFlag.FUA)
@@ -129,6 +130,13 @@ class Outbox(Protocol):
         ...
 
 
+class FlushGroup(NamedTuple):
+    """A flush under way: `Volume.flush_state` when it began, and who waits for it (cookie, offset)."""
+
+    state: int
+    waiting: list[tuple[int, int]]
+
+
 class Dispatch:
     """The requests of one connection.
 
@@ -162,6 +170,8 @@ class Dispatch:
         self._extended = extended
         self._contexts = dict(contexts)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._flush_group: FlushGroup | None = None
+        """The youngest flush under way."""
         self._loop = asyncio.get_running_loop()
         self._plain_write_flags = _PAYLOAD_LEN if extended else 0
         self._flags_allowed = {int(command): int(flags) for command, flags in FLAGS_ALLOWED.items()}
@@ -322,6 +332,9 @@ class Dispatch:
             self.error_count += 1
             self._outbox.put((self._replies.error(cookie, offset, *refused),))
             return
+        if command == Command.FLUSH:
+            self._begin_flush(cookie, offset)
+            return
         copied_bytes = 0
         if payload is not None and buffer is None:
             payload = memoryview(bytes(payload))
@@ -330,7 +343,23 @@ class Dispatch:
         if command == _READ or payload is not None:
             self.held_bytes += length
         request = (command, flags, cookie, offset, length, payload, buffer)
-        task = self._loop.create_task(self._answer(request, copied_bytes))
+        self._start(self._answer(request, copied_bytes))
+
+    def _begin_flush(self, cookie: int, offset: int) -> None:
+        """Answer a flush at once if nothing awaits durability; let it share the flush under way if nothing changed
+        since that began (fio repeats a flush until it is answered); else begin one."""
+        state = self._volume.flush_state()
+        group = self._flush_group
+        if not state:
+            self._done(cookie, offset)
+        elif group is not None and group.state == state and len(group.waiting) < FLUSHES_JOINED_MAX:
+            group.waiting.append((cookie, offset))
+        else:
+            group = self._flush_group = FlushGroup(state, [(cookie, offset)])
+            self._start(self._flush(group))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -373,9 +402,19 @@ class Dispatch:
         await self._volume.write(offset, payload, fua=bool(flags & _FUA), alive=self._outbox.alive)
         self._done(cookie, offset)
 
-    async def _flush(self, request: Request) -> None:
-        await self._volume.flush()
-        self._done(request[2], request[3])
+    async def _flush(self, group: "FlushGroup") -> None:
+        """Do one flush and answer everyone who shares it."""
+        try:
+            await self._volume.flush()
+        except Exception as error:  # noqa: BLE001 - whatever it is, each of them gets its reply
+            for cookie, offset in group.waiting:
+                self._fail(error, Command.FLUSH, cookie, offset)
+        else:
+            for cookie, offset in group.waiting:
+                self._done(cookie, offset)
+        finally:
+            if self._flush_group is group:
+                self._flush_group = None
 
     async def _trim(self, request: Request) -> None:
         _, flags, cookie, offset, length, _, _ = request
@@ -472,7 +511,6 @@ def _fill_zeros(into: memoryview) -> None:
 _PERFORM: Final[dict[int, Callable[[Dispatch, Request], Coroutine[Any, Any, None]]]] = {
     Command.READ: Dispatch._read,
     Command.WRITE: Dispatch._write,
-    Command.FLUSH: Dispatch._flush,
     Command.TRIM: Dispatch._trim,
     Command.CACHE: Dispatch._cache,
     Command.WRITE_ZEROES: Dispatch._write_zeroes,

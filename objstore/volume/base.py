@@ -111,6 +111,12 @@ class Volume(Protocol):
         for them. fast: raise NotSupported, nothing changed, where it takes more than a change of the map."""
         ...
 
+    def flush_state(self) -> int:
+        """What a flush would have to do now: 0 = nothing, all that was acknowledged is durable (and this call counts as
+        that flush). Otherwise a number that changes with every acknowledged change: a flush that is under way and was
+        begun at the same number will do for a new one."""
+        ...
+
     async def flush(self) -> None:
         """Return when everything acknowledged before this call, on any connection, is durable on every zone in service
         that holds it (mode `unsafe`: returns at once)."""

@@ -252,9 +252,9 @@ class Vdi:
                 else:
                     pieces[0] = (first + taken, count - taken, rest)
                     await self._admit()
-        except StoreError:
-            disk.forget_parts()
-            raise
+        finally:
+            if pieces:  # an error, or the caller was cancelled: the request never happened
+                disk.forget_parts()
 
     def _reserve(self) -> int:
         """Bytes that this VDI's data must leave free in every zone."""
@@ -338,6 +338,17 @@ class Vdi:
         await self._writer.flush(position)
         if fua:
             self._flushed()
+
+    def flush_state(self) -> int:
+        """See Volume."""
+        writer = self._writer
+        first = self._write_through and self.mode == "writeback"
+        if first or self._closed is not None or writer.error is not None:
+            return -1 - writer.position
+        if self._unsafe or writer.durable_upto >= writer.position:
+            self._flushed()
+            return 0
+        return writer.position
 
     async def flush(self) -> None:
         """See Volume."""

@@ -246,6 +246,19 @@ class VolumeContract:
         with pytest.raises(InvalidRequest):
             await volume.extents(0, 0)
 
+    async def test_flush_state_changes_with_every_change(self, volume: Volume) -> None:
+        """0 only where nothing awaits durability; equal numbers only where nothing was changed in between."""
+        await volume.flush()
+        seen = []
+        for offset in (0, 8192, 0):
+            if not volume.write_now(offset, memoryview(b"x" * 4096)):
+                await volume.write(offset, memoryview(b"x" * 4096))
+            seen.append(volume.flush_state())
+        awaited = [state for state in seen if state]
+        assert len(set(awaited)) == len(awaited)
+        await volume.flush()
+        assert volume.flush_state() not in awaited
+
     async def test_flush_and_fua(self, volume: Volume) -> None:
         await volume.flush()
         await put(volume, 0, b"one", fua=True)
