@@ -1,5 +1,6 @@
 """Checkpoints of one log's map in its zones: writing them, finding the newest whole one, reading pages back."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +29,8 @@ from objstore.log.blockmap import PageRef
 from objstore.log.env import Env
 from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -160,7 +163,11 @@ async def load_pages(
         for z in zones_of(number):
             if not left:
                 break
-            pages = await run(env.executor, z, read_pages, env.zones[z].backend, env.store_id, log, left)
+            try:
+                pages = await run(env.executor, z, read_pages, env.zones[z].backend, env.store_id, log, left)
+            except StoreError as error:
+                logger.warning("map pages unreadable checkpoint=%s: %s", checkpoint_name(log, number), error)
+                continue
             found += [(r, ref, page) for (r, ref), page in zip(left, pages, strict=True) if page is not None]
             left = [pair for pair, page in zip(left, pages, strict=True) if page is None]
         if left:

@@ -83,10 +83,14 @@ class Collector:
         allowed = disk.live_total * SPACE_TIGHT + TIGHT_SEGMENTS * disk.writer.segment_blocks
         self.tight = total > allowed and self._worthwhile() and disk.writer.error is None and not self._closed
         if not self.tight:
-            for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self._waiters.clear()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.tight = False
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
 
     def _worthwhile(self) -> bool:
         """Whether collecting can free anything worth waiting for."""
@@ -139,6 +143,8 @@ class Collector:
             except StoreError as error:
                 log.warning("segments could not be sealed log=%d: %s", self.disk.log, error)
             self._judge()
+            if not self._wake.is_set() and (self.keeper.gave_up or not self.disk.dead):
+                self._let_go()  # nothing under way will free space: the zones' own limit stops clients now
             self._end_round()
         self._end_round()
 
@@ -198,8 +204,13 @@ class Collector:
         for segment in victims:
             if segment.live and (self._owed() or not self._crowded()):
                 return False
-            if self._closed or not await self._collect(segment):
+            if self._closed:
                 return False
+            try:
+                await self._collect(segment)
+            except Corrupt as error:
+                self._unmovable.add(segment.number)
+                log.error("segment can't be collected segment=%s: %s", segment.name, error)
             self._judge()
         return True
 
@@ -224,14 +235,14 @@ class Collector:
 
     # -- moving -------------------------------------------------------------------------------------------------
 
-    async def _collect(self, segment: Segment) -> bool:
-        """Move what is live and mark the segment dead. False: its directory or a live block can't be read."""
+    async def _collect(self, segment: Segment) -> None:
+        """Move what is live and mark the segment dead, unless its directory or a live block can't be read."""
         disk = self.disk
         directory = await self._directory(segment)
         if directory is None:
             self._unmovable.add(segment.number)
             log.error("segment can't be collected, no zone has its directory segment=%s", segment.name)
-            return True
+            return
         lbas, entries = blocks_of(directory)
         while len(lbas):
             await self._load(lbas)
@@ -241,15 +252,18 @@ class Collector:
                 break
             if not await self._move(segment, directory, lbas, entries):
                 self._unmovable.add(segment.number)
-                return True
+                return
         disk.bury(segment)
-        return True
 
     async def _directory(self, segment: Segment) -> Directory | None:
         env = self.disk.env
         for z in segment.zones:
             zone = env.zones[z]
-            seen = await run(env.executor, z, look_at, zone.backend, env.store_id, segment.log, segment.number)
+            try:
+                seen = await run(env.executor, z, look_at, zone.backend, env.store_id, segment.log, segment.number)
+            except StoreError as error:
+                log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, zone, error)
+                continue
             if seen.directory is not None:
                 return seen.directory
         return None

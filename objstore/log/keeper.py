@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from objstore.errors import NoSpace, StoreError
+from objstore.errors import Corrupt, NoSpace, StoreError
 from objstore.format.checkpoint import DEAD, LIVE, ROOT, TABLE, CheckpointHeader
 from objstore.log.blockmap import Frozen, PageRef
 from objstore.log.checkpoint import CheckpointWriter, checkpoint_name, load_pages
@@ -65,6 +65,8 @@ class Keeper:
         self.wanted = False
         self._task: asyncio.Task[None] | None = None
         self._failed: StoreError | None = None
+        self.gave_up = False
+        """The last checkpoint found no space: another one now would not either."""
         self._closed = False
         self.tight = False
         self._timer: asyncio.TimerHandle | None = None
@@ -92,7 +94,7 @@ class Keeper:
     def hurry(self, *, now: bool) -> None:
         """Dead segments wait: see that checkpoints come even if no client writes any more."""
         self.tight = now
-        if now:
+        if now and not self.gave_up:
             self._force()
         elif self._timer is None:
             self._timer = self.disk.env.loop.call_later(IDLE_SECONDS, self._idle)
@@ -181,11 +183,13 @@ class Keeper:
             frozen.abort()
             self._failed = error
             log.warning("checkpoint given up log=%d checkpoint=%d: %s", disk.log, header.number, error)
-            if not isinstance(error, NoSpace):
-                disk.writer.fail(error)
-            else:
+            if isinstance(error, NoSpace):
+                self.gave_up = True
                 await output.abort()
+            else:
+                disk.writer.fail(error)
         else:
+            self.gave_up = False
             frozen.commit()
             self._complete(header, output, pages, moved, dead)
         finally:
@@ -209,7 +213,12 @@ class Keeper:
         moved: dict[int, PageRef] = {}
         disk = self.disk
         if wanted:
-            for region, ref, page in await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones):
+            try:
+                found = await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones)
+            except Corrupt as error:
+                log.error("old checkpoints can't be merged: %s", error)
+                return moved
+            for region, ref, page in found:
                 moved[region] = ref
                 await output.add(region, page)
         return moved
