@@ -13,7 +13,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--start", type=int, default=0, help="the first one (default 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--trace", action="store_true", help="print every event and system call, one seed after another")
+    parser.add_argument("--trace", action="store_true", help="print every event and system call")
     options = parser.parse_args()
     seeds = range(options.start, options.start + options.seeds)
     if options.trace:
@@ -27,7 +27,8 @@ def main() -> int:
     totals = run_many(seeds, options.jobs, progress=show_progress)
     totals.report(sys.stdout)
     seconds = time.monotonic() - started
-    print(f"\n{totals.seeds} seeds, {len(totals.failures)} failed, {seconds:.1f} s, {totals.seeds / seconds:.1f} seeds/s")
+    rate = totals.seeds / seconds
+    print(f"\n{totals.seeds} seeds, {len(totals.failures)} failed, {seconds:.1f} s, {rate:.1f} seeds/s")
     return 1 if totals.failures or totals.never_met() else 0
 
 

@@ -50,13 +50,13 @@ class Request:
     fua: bool = False
     number: int = 0
     acked: bool = False
-    durable_when_acked: bool = False
     changes: dict[int, State] = field(default_factory=dict)
     stamp: int = 0
 
     def __str__(self) -> str:
         state = "answered" if self.acked else "in flight"
-        return f"#{self.number} ({self.stamp:#x}) {self.action} {self.offset_bytes}+{self.length_bytes}{' fua' * self.fua} ({state})"
+        where = f"{self.offset_bytes}+{self.length_bytes}"
+        return f"#{self.number} ({self.stamp:#x}) {self.action} {where}{' fua' * self.fua} ({state})"
 
 
 class DiskModel:
@@ -95,7 +95,6 @@ class DiskModel:
     def taken(self, request: Request) -> None:
         """The request gets its place in the log now. A large one may have to give its place up and begin again."""
         self.refused(request)
-        request.durable_when_acked = self.mode != "unsafe" and (request.fua or not self.write_back)
         self.history.append(request)
         request.number = len(self.history)
         request.changes = self._effect(request)
@@ -159,7 +158,7 @@ class DiskModel:
     def acked(self, request: Request) -> None:
         """The store answered that the request is done."""
         request.acked = True
-        if request.durable_when_acked:
+        if self.mode != "unsafe" and (request.fua or not self.write_back):
             self.durable = max(self.durable, request.number)
         if request.fua:
             self.flushed_once()

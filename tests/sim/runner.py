@@ -17,9 +17,13 @@ FAULTS: Final = (
     "crash-kill",
     "crash-power",
     "connection-gone",
+    "eio-fdatasync",
+    "eio-fsync",
+    "eio-pwritev",
     "nospace-open",
     "nospace-recovery",
     "nospace-write",
+    "stopping",
 )
 SEEDS_FOR_ALL: Final = 500
 """From so many seeds on every phase, every system call and every fault must have been met."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ import objstore.log.env
 import objstore.log.keeper
 import objstore.log.writer
 from objstore.backend.directory import DirectoryBackend
-from objstore.errors import Busy, InvalidRequest, NoSpace, NotFound, NotSupported, Stopping, StoreError
+from objstore.errors import Busy, InvalidRequest, NoSpace, NotFound, NotSupported, Stopping, Unavailable
 from objstore.log.checkpoint import checkpoint_name
 from objstore.log.collect import Collector
 from objstore.log.keeper import Keeper
@@ -30,8 +30,8 @@ from objstore.units import KIB, MIB
 from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.store import Store, open_zones
 from objstore.volume.vdi import Vdi
-from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, ZEROS, DiskModel, Request, Violation, stamped
-from tests.sim.world import CRASH_CALLS, PHASES, Trigger, World
+from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Request, Violation, stamped
+from tests.sim.world import CRASH_CALLS, PHASES, Failing, Trigger, World
 from tests.support.sim_loop import SimClock, SimLoop, SimStopped
 
 OPERATIONS: Final = 320
@@ -130,7 +130,9 @@ class Scenario:
         world.trigger = None if last or (end == "stop" and rng.random() < 0.7) else self._trigger()
         slow = [rng.choice((30e-6, 300e-6, 3e-3)) for _ in world.zones]
         loop = world.start_process(slow, self.now)
-        world.note(f"LIFE end={end} trigger={world.trigger}")
+        if not last and rng.random() < 0.06:
+            world.failing = Failing(rng.randrange(len(world.zones)), rng.randrange(300), rng.random() < 0.5)
+        world.note(f"LIFE end={end} trigger={world.trigger} failing={world.failing}")
         try:
             loop.run_until_complete(self._main(loop, end, last))
         except SimStopped:
@@ -170,31 +172,44 @@ class Scenario:
         self.store = store = await self._open_store(loop)
         await self._check_names(store)
         world.phase = "recovery"
+        together = self.rng.random() < 0.5
+        if together:
+            await asyncio.gather(*(self._open_disk(store, self.models[name]) for name in sorted(self.models)))
         for name in sorted(self.models):
-            await self._open_disk(store, self.models[name])
+            if not together:
+                await self._open_disk(store, self.models[name])
         world.phase = "verify"
         for name in sorted(self.models):
             await self._verify(self.models[name])
             self.models[name].settle()
         if not last:
             world.phase = "serving"
-            await self._serve(store)
-            for name in sorted(self.models):
-                await self._compare_all(self.models[name])
+            await asyncio.gather(*self._clients(store))
+            if not world.zone_failed:
+                for name in sorted(self.models):
+                    await self._compare_all(self.models[name])
         self._check_counters(store)
         if end == "crash":
             world.die("step")
             return
+        late = self._clients(store)[:3] if not last and self.rng.random() < 0.4 else []
         world.phase = "shutdown"
         if last:
             await self._quiet(store)
             self._check_files(store)
-        await store.shutdown()
+        try:
+            await store.shutdown()
+        except Unavailable:
+            if not world.zone_failed:
+                raise
+            world.die("step")
+            return
         world.note("stopped cleanly")
+        if late:
+            await asyncio.wait(late)
         for model in self.models.values():
             model.stopped()
-        while world.executor is not None and world.executor.outstanding:
-            await asyncio.sleep(0.01)
+        await self._quiet(store)
 
     async def _open_store(self, loop: SimLoop) -> Store:
         world = self.world
@@ -340,16 +355,27 @@ class Scenario:
 
     # -- clients ------------------------------------------------------------------------------------------------
 
-    async def _serve(self, store: Store) -> None:
+    def _clients(self, store: Store) -> list[asyncio.Task[None]]:
+        """Tasks that use the store, started."""
         rng = self.rng
         clients = [name for name in sorted(self.models) for _ in range(rng.choice((1, 2, 3)))]
         each = rng.randrange(30, 200) // len(clients) + 1
-        tasks = []
-        for name in clients:
-            client = Client(self, store, self.models[name], random.Random(rng.getrandbits(64)))
-            tasks.append(asyncio.ensure_future(client.run(each)))
-        tasks.append(asyncio.ensure_future(self._administrate(store, random.Random(rng.getrandbits(64)))))
-        await asyncio.gather(*tasks)
+        work = [
+            Client(self, store, self.models[name], random.Random(rng.getrandbits(64))).run(each)
+            for name in clients
+            if name in self.open_models
+        ]
+        work.append(self._administrate(store, random.Random(rng.getrandbits(64))))
+        return [asyncio.ensure_future(self._until_stopped(coro)) for coro in work]
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Stopping:
+            self.world.faults["stopping"] += 1
+        except Unavailable:
+            if not self.world.zone_failed:
+                raise
 
     async def _administrate(self, store: Store, rng: random.Random) -> None:
         """Make and remove VDIs beside the clients' work."""
@@ -358,7 +384,8 @@ class Scenario:
             self.names += 1
             name = f"extra{self.names}"
             mode = rng.choice(MODES)
-            model = self._add_model(name, rng.choice((MIB, 5 * MIB + 7)), mode, rng.randrange(1, len(self.world.zones) + 1))
+            copies = rng.randrange(1, len(self.world.zones) + 1)
+            model = self._add_model(name, rng.choice((MIB, 5 * MIB + 7)), mode, copies)
             await self._create(store, model)
             await self._open_disk(store, model)
             model.settle()
@@ -373,12 +400,26 @@ class Scenario:
         model.existence, model.deleting = "maybe", True
         world.active["delete"] += 1
         while True:
-            try:
-                await store.delete_vdi(model.name)
-            except NoSpace:
+            # Somebody else deletes or opens it at the same moment.
+            calls: list[Coroutine[Any, Any, Any]] = [store.delete_vdi(model.name)]
+            if self.rng.random() < 0.3:
+                calls.append(store.delete_vdi(model.name))
+            if self.rng.random() < 0.3:
+                calls.insert(self.rng.randrange(len(calls) + 1), store.open(model.name))
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            opened = [result for result in results if isinstance(result, Vdi)]
+            for vdi in opened:
+                await store.close(vdi)
+            failures = [result for result in results if isinstance(result, BaseException)]
+            unexpected = [error for error in failures if not isinstance(error, (NoSpace, NotFound, Busy))]
+            if unexpected:
+                raise unexpected[0]
+            if None in results:
+                break
+            if any(isinstance(error, NoSpace) for error in failures):
                 self._more_space("nospace-delete")
-                continue
-            break
+            elif not opened:
+                raise Violation(f"nobody could delete VDI {model.name}: {failures}")
         world.active["delete"] -= 1
         world.note(f"deleted {model.name}")
         del self.models[model.name]
@@ -393,7 +434,9 @@ class Scenario:
 
     async def _quiet(self, store: Store) -> None:
         """Wait for what runs in the background."""
-        while store._purging or (self.world.executor is not None and self.world.executor.outstanding):
+        executor = self.world.executor
+        assert executor is not None
+        while store._purging or executor.outstanding:  # noqa: ASYNC110 - time is free here
             await asyncio.sleep(0.05)
 
     def _check_files(self, store: Store) -> None:
@@ -412,9 +455,7 @@ class Scenario:
                     wanted |= {checkpoint_name(disk.log, number) for number in volume.keeper.sizes}
             missing = {name for name in wanted - found if name.startswith("log/")}
             if found - wanted or missing:
-                raise Violation(
-                    f"zone {z}: left over {sorted(found - wanted)[:5]}, missing {sorted(missing)[:5]}"
-                )
+                raise Violation(f"zone {z}: left over {sorted(found - wanted)[:5]}, missing {sorted(missing)[:5]}")
 
 
 class Client:
@@ -512,6 +553,9 @@ class Client:
                 self.scenario._more_space("more-space")
         except NotSupported:
             model.refused(request)
+        except Stopping:
+            model.refused(request)
+            raise
         except InvalidRequest:
             if not gone:
                 raise
@@ -588,7 +632,7 @@ class _Errors(logging.Handler):
         if self.world.dead:
             return
         self.world.note(f"{record.levelname}: {record.getMessage()}")
-        if record.levelno >= logging.ERROR and self.world.loop is not None:
+        if record.levelno >= logging.ERROR and not self.world.zone_failed and self.world.loop is not None:
             self.world.loop.failures.append({"message": f"logged: {record.getMessage()}"})
 
 
@@ -648,4 +692,4 @@ def run_seed(seed: int, *, trace: Any = None, bugs: frozenset[str] = frozenset()
         return Scenario(world, bugs=bugs).run()
 
 
-__all__ = ["Busy", "NotFound", "Outcome", "Stopping", "StoreError", "ZEROS", "run_seed"]
+__all__ = ["Outcome", "run_seed"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import zlib
 from collections import Counter
@@ -48,6 +50,19 @@ class Trigger:
         return f"{self.call or 'call'} {self.count} in {self.phase or 'any phase'}"
 
 
+@dataclass
+class Failing:
+    """A zone that begins to fail: after `calls` more writes and syncs while clients are served, one of them answers
+    EIO, or (lasting) all."""
+
+    zone: int
+    calls: int
+    lasting: bool
+
+
+FAILING_CALLS: Final = frozenset({"pwritev", "fdatasync", "fsync"})
+
+
 class World:
     """Zones and the present process. One seed, one sequence of events."""
 
@@ -65,6 +80,8 @@ class World:
         self.phase = "open"
         self.trigger: Trigger | None = None
         self.dead = False
+        self.failing: Failing | None = None
+        self.zone_failed = False
         self.loop: SimLoop | None = None
         self.executor: SimExecutor | None = None
         self.calls = 0
@@ -81,6 +98,8 @@ class World:
     def start_process(self, slow_seconds: list[float], now: float) -> SimLoop:
         """A new process: its loop and its executor."""
         self.dead = False
+        self.failing = None
+        self.zone_failed = False
         self.active.clear()
         self.loop = SimLoop(now)
         self.loop.on_step = self._step
@@ -148,6 +167,8 @@ class World:
             self.digest = zlib.crc32(b"%d %s" % (zone, name.encode()), self.digest)
             if self.trace is not None:
                 self.note(f"    zone {zone} {name} {self._shown(zone, name, args)}")
+            if self.failing is not None:
+                self._maybe_fail(zone, name)
             trigger = self.trigger
             if trigger is not None and trigger.call != "step" and self._matches(name):
                 self.die(name)
@@ -158,6 +179,20 @@ class World:
             return None
 
         return before_call
+
+    def _maybe_fail(self, zone: int, name: str) -> None:
+        failing = self.failing
+        assert failing is not None
+        if failing.zone != zone or name not in FAILING_CALLS or self.phase != "serving":
+            return
+        failing.calls -= 1
+        if failing.calls <= 0:
+            self.note(f"EIO zone {zone} {name}")
+            self.faults[f"eio-{name}"] += 1
+            self.zone_failed = True
+            if not failing.lasting:
+                self.failing = None
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _shown(self, zone: int, name: str, args: tuple[Any, ...]) -> str:
         fs = self.zones[zone]
@@ -179,4 +214,3 @@ def _path(fs: FakeFileSystem, fd: int) -> str:
         return f"{fd}={fs.path_of(fd)}"
     except KeyError:
         return f"{fd}=closed"
-
