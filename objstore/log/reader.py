@@ -7,6 +7,7 @@ reported as damaged, never replaced by zeros or older data.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from array import array
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from crc32c import crc32c
 
 from objstore.backend.base import Backend, Handle
-from objstore.errors import Corrupt, StoreError
+from objstore.errors import Corrupt, StoreError, Unavailable
 from objstore.log.env import Env
 from objstore.log.segment import Segment
 from objstore.log.tail import look_at
@@ -113,15 +114,30 @@ async def reader_for(env: Env, segment: Segment, zone: int) -> Handle:
     handle = segment.handles.get(zone)
     if handle is not None:
         return handle
-    opened = await run(env.executor, zone, env.zones[zone].backend.open, segment.name)
-    present = segment.handles.get(zone)
-    if present is not None:
-        opened.close()
-        return present
-    segment.handles[zone] = opened
-    if segment.reader is None:
-        env.keep_reader(segment, opened)
-    return opened
+    opened: asyncio.Future[None] = env.loop.create_future()
+
+    def done(found: Handle | None, error: BaseException | None) -> None:
+        # Here, not behind the await: the caller may have been cancelled, and nobody would close the descriptor.
+        if found is not None:
+            if zone in segment.handles or env.segments.get(segment.key) is not segment:
+                found.close()
+            else:
+                segment.handles[zone] = found
+                if segment.reader is None:
+                    env.keep_reader(segment, found)
+        if opened.done():
+            return
+        if error is not None:
+            opened.set_exception(error)
+        else:
+            opened.set_result(None)
+
+    env.executor.submit(zone, env.zones[zone].backend.open, (segment.name,), done)
+    await opened
+    handle = segment.handles.get(zone)
+    if handle is None:
+        raise Unavailable(f"the segment was closed segment={segment.name}")
+    return handle
 
 
 def _read_crcs(backend: Backend, store_id: bytes, number_log: int, number: int) -> array[int] | None:
