@@ -203,6 +203,10 @@ class SegmentObserver(Protocol):
         """`segment` takes no more records and may have become shorter: the log stands exactly between two segments."""
         ...
 
+    def log_failed(self) -> None:
+        """The writer takes nothing more (`error` says why)."""
+        ...
+
 
 class LogWriter:
     """Appends to one log. All methods but the coroutines finish at once and are called in the event loop only.
@@ -249,6 +253,7 @@ class LogWriter:
         self._directory: DirectoryBuilder | None = None
         self._prepared: deque[Segment] = deque()
         self._preparing: asyncio.Task[None] | None = None
+        self._reserve_tried = 0
         self._making_from: int | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._room_waiters: deque[asyncio.Future[None]] = deque()
@@ -332,13 +337,15 @@ class LogWriter:
             waiter: asyncio.Future[None] = self.env.loop.create_future()
             self._room_waiters.append(waiter)
             await waiter
-            if self.space_error is not None and not self._prepared:
+            if self.space_error is not None and not self._prepared and self._reserve_tried <= reserve_bytes:
                 raise self.space_error
 
     def _prepare(self, reserve_bytes: int) -> None:
         if self._preparing is None and not self._closed and self.error is None:
             self.space_error = None
+            self._reserve_tried = reserve_bytes
             self._preparing = self.env.loop.create_task(self._prepare_ahead(reserve_bytes))
+            self.watch(self._preparing)
 
     async def _prepare_ahead(self, reserve_bytes: int) -> None:
         try:
@@ -641,9 +648,9 @@ class LogWriter:
 
     def request_sync(self) -> None:
         """Start making everything appended so far durable."""
-        self.cut()
         if self.durable_upto < self.position:
             self.sync_position = self.position
+            self.cut()
             for lane in self._lanes.values():
                 lane.kick()
 
@@ -656,7 +663,14 @@ class LogWriter:
             raise self.error
         if self.durable_upto >= position:
             return
-        if self._record is not None and self._first_position <= position:
+        # First what is wanted, then the record: so the job that writes it syncs it too. Records are synced whole.
+        gathered = self._record is not None and self._first_position <= position
+        target = self.position
+        if not gathered and position < target:
+            target = next(record.last_position for record in self._undurable if record.last_position >= position)
+        if target > self.sync_position:
+            self.sync_position = target
+        if gathered:
             self.cut()
         waiter: asyncio.Future[None] = self.env.loop.create_future()
         if self._flush_waiters and self._flush_waiters[-1][0] > position:
@@ -664,8 +678,6 @@ class LogWriter:
             self._flush_waiters.insert(at, (position, waiter))
         else:
             self._flush_waiters.append((position, waiter))
-        if position > self.sync_position:
-            self.sync_position = position
         for lane in self._lanes.values():
             lane.kick()
         await waiter
@@ -779,6 +791,16 @@ class LogWriter:
             log.error("unexpected error from %r", where, exc_info=error)
         self.fail(Unavailable(f"{where!r} failed, writing stopped: {error}"))
 
+    def watch(self, task: asyncio.Task[None]) -> None:
+        """A task that this log can't do without: if it ends with an error of ours, the log stops loudly."""
+        task.add_done_callback(self._watched)
+
+    def _watched(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.critical("internal error, log stopped log=%d", self.log, exc_info=error)
+            self.fail(Unavailable(f"internal error, writing stopped: {error!r}"))
+
     def fail(self, error: StoreError) -> None:
         """Take nothing more; every flush and write under way or to come raises `error`."""
         if self.error is None:
@@ -793,6 +815,8 @@ class LogWriter:
                 waiter.set_exception(self.error)
         self._wake_room()
         self.env.wake_dirty()
+        if self.observer is not None:
+            self.observer.log_failed()
 
     async def close(self) -> None:
         """Stop preparing; drop prepared segments that hold nothing. The caller flushed and sealed what it wants kept."""
