@@ -31,8 +31,13 @@ def read_run_now(segment: Segment, block: int, count: int, into: memoryview) -> 
     crcs = segment.crcs
     reader = segment.reader
     if memory is None:
-        if reader is None or crcs is None or reader.read_nowait(block << BLOCK_SHIFT, (into,)) != len(into):
+        if reader is None or crcs is None:
             return False
+        try:
+            if reader.read_nowait(block << BLOCK_SHIFT, (into,)) != len(into):
+                return False
+        except StoreError:
+            return False  # whoever waits gets another zone's copy
         if count == 1:
             return bool(crc32c(into) == crcs[block])
         return verified(into, crcs, block, count)
@@ -51,7 +56,10 @@ def read_run_now(segment: Segment, block: int, count: int, into: memoryview) -> 
             part = into[at : at + (n << BLOCK_SHIFT)]
             if reader is None or crcs is None:
                 return False
-            if reader.read_nowait((block + done) << BLOCK_SHIFT, (part,)) != len(part):
+            try:
+                if reader.read_nowait((block + done) << BLOCK_SHIFT, (part,)) != len(part):
+                    return False
+            except StoreError:
                 return False
             if not verified(part, crcs, block + done, n):
                 return False

@@ -2,7 +2,7 @@
 space that nothing will free."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 
@@ -12,7 +12,7 @@ from objstore.units import BLOCK_BYTES, KIB, MIB
 from objstore.volume.settings import StoreSettings
 from objstore.volume.vdi import Vdi
 from tests.conftest import ExpectedWarnings
-from tests.support.stepping import World, turns
+from tests.support.stepping import WatchedHandle, World, turns
 
 SIZE_BYTES = 4 * MIB
 SETTINGS = StoreSettings(segment_bytes=256 * KIB, dirty_age_seconds=60.0, dirty_bytes_max=MIB)
@@ -131,3 +131,23 @@ async def test_writes_are_told_of_a_full_zone_when_no_checkpoint_fits(
     await vdi.keeper.checkpoint()
     await turns()
     assert len(world.names(0, "log/000001/")) < 80
+
+
+async def test_a_read_without_waiting_that_meets_an_error_goes_to_another_zone(
+    world: World, monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings.allow("read failed")
+    vdi = await make(world)
+    await vdi.keeper.checkpoint()
+    into = memoryview(bytearray(2 * BLOCK_BYTES))
+
+    def broken(handle: WatchedHandle, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
+        raise ZoneFailed("input/output error")
+
+    monkeypatch.setattr(WatchedHandle, "read_nowait", broken)
+    world.backends[0].fault = unreadable("read", "log/000001/")
+    for count in (1, 2):
+        into[:] = bytes(len(into))
+        assert vdi.read_now(0, count * BLOCK_BYTES, into[: count * BLOCK_BYTES]) == -1
+        await vdi.read(0, count * BLOCK_BYTES, into[: count * BLOCK_BYTES])
+        assert into[: count * BLOCK_BYTES] == b"".join(block(lba, 0) for lba in range(count))
