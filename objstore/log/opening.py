@@ -105,8 +105,8 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
         headers = [s.header for s in seen if s.header is not None]
         directories = [s.directory for s in seen if s.directory is not None]
         expected = None if number in listed else head.generation
-        if expected is not None and all(h.generation != expected for h in headers):
-            continue
+        if expected is not None and headers and all(h.generation != expected for h in headers):
+            continue  # where no zone shows a header, the records say which generation they are of
         if directories and (expected is None or directories[0].generation == expected):
             directory = directories[0]
             claim = max(claim, directory.durable_upto)

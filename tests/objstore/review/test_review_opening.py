@@ -1,0 +1,51 @@
+"""Opening after damage, and openings that fail."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from objstore.errors import Corrupt, NoSpace
+from objstore.units import BLOCK_BYTES, KIB, MIB
+from objstore.volume.vdi import Vdi
+from tests.support.stepping import SMALL_SEGMENTS, World, turns
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World(1, settings=SMALL_SEGMENTS, capacity_bytes=8 * MIB)
+    await world.open(create=True)
+    assert world.store is not None
+    await world.store.create_vdi("disk", 16 * MIB, mode="writeback-always")
+    yield world
+    await world.kill()
+
+
+async def attach(world: World) -> Vdi:
+    assert world.store is not None
+    vdi = await world.store.open("disk")
+    assert isinstance(vdi, Vdi)
+    return vdi
+
+
+def block(lba: int, turn: int = 0) -> bytes:
+    return f"{lba:8}{turn:8}".encode() * (BLOCK_BYTES // 16)
+
+
+async def contents(vdi: Vdi, lba: int) -> bytes:
+    into = memoryview(bytearray(BLOCK_BYTES))
+    return bytes(BLOCK_BYTES) if await vdi.read(lba * BLOCK_BYTES, BLOCK_BYTES, into) == BLOCK_BYTES else bytes(into)
+
+
+@pytest.mark.parametrize("blocks", [3, 100])
+async def test_a_damaged_first_page_hides_no_flushed_record(world: World, blocks: int) -> None:
+    """blocks: 3 = the only segment of the log, not sealed; 100 = one sealed segment and one more."""
+    vdi = await attach(world)
+    for lba in range(blocks):
+        await vdi.write(lba * BLOCK_BYTES, memoryview(block(lba)))
+    await vdi.flush()
+    await world.kill()
+    world.damage("log/000001/0000000", 50)
+    await world.open()
+    vdi = await attach(world)
+    for lba in range(blocks):
+        assert await contents(vdi, lba) == block(lba)
