@@ -86,7 +86,7 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
             number = segment_number(entry.name)
             if number is not None:
                 holders.setdefault(number, []).append(z)
-    next_number = max([head.first_number, *(number + 1 for number in holders)])
+    next_number = max([head.first_number, base.next_segment, *(number + 1 for number in holders)])
     listed = set(head.tail)
     candidates = sorted(n for n in holders if n >= base.next_segment and (n in listed or n >= head.first_number))
     missing = [n for n in head.tail if n >= base.next_segment and n not in holders]
