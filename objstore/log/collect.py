@@ -71,11 +71,14 @@ class Collector:
         """Callers of `reclaim`: any victim will do."""
         self._closed = False
         self._task = disk.env.loop.create_task(self._run())
+        disk.writer.watch(self._task)
 
     def poke(self) -> None:
         """Something changed: look whether there is work, and whether clients must wait."""
         self._judge()
         self._wake.set()
+        if self._task.done():
+            self._end_round()
 
     def _judge(self) -> None:
         disk = self.disk

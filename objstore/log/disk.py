@@ -59,6 +59,7 @@ class Disk:
         self.moving = False
         self.finished: list[Directory] = []
         """While the log is being opened: directories of the segments made so far."""
+        self.on_failed: Callable[[], None] | None = None
         self.on_boundary: Callable[[], None] | None = None
         self._parts: list[tuple[int, int, int, int]] = []
 
@@ -75,6 +76,11 @@ class Disk:
             self.on_boundary()
         else:
             self.finished.append(directory)
+
+    def log_failed(self) -> None:
+        """The log takes nothing more (SegmentObserver)."""
+        if self.on_failed is not None:
+            self.on_failed()
 
     def add_segment(self, segment: Segment) -> None:
         """Take a segment into the live table."""

@@ -126,6 +126,8 @@ class Keeper:
             raise self._failed
         if self.disk.writer.error is not None:
             raise self.disk.writer.error
+        if self.disk.writer.error is not None:
+            raise self.disk.writer.error
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -153,6 +155,7 @@ class Keeper:
         rows += [(segment, 0, DEAD) for segment, seen in disk.dead.values() if not seen]
         frozen = disk.map.freeze()
         self._task = disk.env.loop.create_task(self._write(header, frozen, rows, dead))
+        disk.writer.watch(self._task)
 
     async def _write(
         self, header: CheckpointHeader, frozen: Frozen, rows: list[tuple[Segment, int, int]], dead: list[Segment]

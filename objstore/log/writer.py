@@ -58,6 +58,8 @@ PREPARED_MAX: Final = 6
 PREPARED_AT_ONCE: Final = 2
 """Segments set aside ahead of a busy log: one more each time a write had to wait for one, one less each time the log
 was idle. Making one takes a journal commit for its name, about as long as filling it at full speed."""
+FULL_GAP_SHARE: Final = 32
+"""A segment whose unused end is at most this part of it keeps its size: its file can then be used again as it is."""
 SPLIT_BLOCKS_MIN: Final = 64
 """A request that doesn't fit the rest of a segment is split only if at least this much of it goes there."""
 
@@ -624,7 +626,7 @@ class LogWriter:
         blocks_before = segment.blocks
         full = segment.blocks - self._body_end - pages
         assert full >= 0, "the directory was reserved for"
-        if full < DIRECTORY_MARGIN_PAGES * 4:
+        if full <= segment.blocks // FULL_GAP_SHARE:
             seal = Seal(segment, data, (segment.blocks - pages) << BLOCK_SHIFT, 0)
         else:
             segment.blocks = self._body_end + pages

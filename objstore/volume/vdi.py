@@ -53,7 +53,7 @@ class Vdi:
         self._turn = asyncio.Lock()
         self._closed: StoreError | None = None
         disk.on_boundary = self._boundary
-        keeper.on_progress = self.collector.poke
+        disk.on_failed = keeper.on_progress = self.collector.poke
 
     @property
     def description(self) -> str:
