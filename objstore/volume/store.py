@@ -220,6 +220,7 @@ class Store:
         entry = self._entry(name)
         if entry.vdi_id in self._opening:
             await asyncio.wait([self._opening[entry.vdi_id]])
+            entry = self._entry(name)  # somebody else may have deleted it meanwhile
         vdi = self._open.get(entry.vdi_id)
         if vdi is not None:
             if vdi.attached:
