@@ -8,10 +8,11 @@ clean stop (which a crash may hit too). The last life checks that nothing is lef
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import random
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -172,6 +173,9 @@ class Scenario:
         self.store = store = await self._open_store(loop)
         await self._check_names(store)
         world.phase = "recovery"
+        for name in sorted(self.models):
+            if name.startswith("extra") and not last and self.rng.random() < 0.3:
+                await self._delete(store, self.models[name])
         together = self.rng.random() < 0.5
         if together:
             await asyncio.gather(*(self._open_disk(store, self.models[name]) for name in sorted(self.models)))
@@ -360,17 +364,17 @@ class Scenario:
         rng = self.rng
         clients = [name for name in sorted(self.models) for _ in range(rng.choice((1, 2, 3)))]
         each = rng.randrange(30, 200) // len(clients) + 1
-        work = [
-            Client(self, store, self.models[name], random.Random(rng.getrandbits(64))).run(each)
-            for name in clients
-            if name in self.open_models
-        ]
-        work.append(self._administrate(store, random.Random(rng.getrandbits(64))))
-        return [asyncio.ensure_future(self._until_stopped(coro)) for coro in work]
+        work: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        for name in clients:
+            if name in self.open_models:
+                client = Client(self, store, self.models[name], random.Random(rng.getrandbits(64)))
+                work.append(functools.partial(client.run, each))
+        work.append(functools.partial(self._administrate, store, random.Random(rng.getrandbits(64))))
+        return [asyncio.ensure_future(self._until_stopped(call)) for call in work]
 
-    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _until_stopped(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await work
+            await work()
         except Stopping:
             self.world.faults["stopping"] += 1
         except Unavailable:
@@ -395,8 +399,9 @@ class Scenario:
 
     async def _delete(self, store: Store, model: DiskModel) -> None:
         world = self.world
-        volume = self.open_models.pop(model.name)
-        await store.close(volume)
+        volume = self.open_models.pop(model.name, None)
+        if volume is not None:
+            await store.close(volume)
         model.existence, model.deleting = "maybe", True
         world.active["delete"] += 1
         while True:
