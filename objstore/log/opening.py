@@ -64,12 +64,14 @@ class Tail(NamedTuple):
     sealed: directories of the segments kept, with the zones that hold each and the blocks of its file.
     rest: whole records behind them that must be copied.
     unkept: every other segment that any zone shows, with those zones; garbage unless the base's table lists it.
+    empty: those of `unkept` behind the base that gave nothing; garbage at once, whatever becomes of this opening.
     next_number: above everything seen. newest_wall_us: time of the last surviving record.
     """
 
     sealed: list[tuple[Directory, tuple[int, ...], int]]
     rest: list[SurvivingRecord]
     unkept: dict[int, tuple[int, ...]]
+    empty: set[int]
     next_number: int
     newest_wall_us: int
 
@@ -96,6 +98,7 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
     sealed: list[tuple[Directory, tuple[int, ...], int]] = []
     rest: list[SurvivingRecord] = []
     kept: set[int] = set()
+    empty: set[int] = set()
     claim = wall_us = 0
     numbers = {zone.zone_id: zone.index for zone in env.zones}
     # A committed head names only segments that were durable on all their zones by then.
@@ -106,6 +109,7 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
         directories = [s.directory for s in seen if s.directory is not None]
         expected = None if number in listed else head.generation
         if expected is not None and headers and all(h.generation != expected for h in headers):
+            empty.add(number)
             continue  # where no zone shows a header, the records say which generation they are of
         if directories and (expected is None or directories[0].generation == expected):
             directory = directories[0]
@@ -138,6 +142,8 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
             rest += found
             position, previous_crc = found[-1].header.last_position, found[-1].header.crc
             wall_us = found[-1].header.wall_us
+        else:
+            empty.add(number)
         claim = max(claim, durable_claim(images, store_id=env.store_id, log=log, number=number, generation=expected))
     if claim > position:
         raise Corrupt(
@@ -145,7 +151,7 @@ async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: boo
             f"durable={claim}"
         )
     unkept = {n: tuple(z) for n, z in holders.items() if n not in kept}
-    return Tail(sealed, rest, unkept, next_number, wall_us)
+    return Tail(sealed, rest, unkept, empty, next_number, wall_us)
 
 
 async def _look(

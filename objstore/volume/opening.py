@@ -1,10 +1,12 @@
 """Opening a VDI: checkpoint, tail, replay, the copy of what was not sealed; until its head record commits, nothing."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from objstore.backend.base import Backend
+from objstore.errors import StoreError
 from objstore.format.catalog import HeadEntry, VdiEntry
 from objstore.format.checkpoint import DEAD
 from objstore.log.blockmap import BlockMap, PageRef
@@ -86,7 +88,16 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
     keeper = Keeper(disk)
     _restore_keeper(keeper, loaded, sizes)
     kept = _restore_segments(disk, loaded, tail)
-    await _replay(disk, tail)
+    try:
+        # They may take the very space that the copies need.
+        await drop_garbage(env, log, {number: tail.unkept[number] for number in tail.empty})
+        await _replay(disk, tail)
+    except StoreError:
+        await close_disk(disk)
+        made = {n: segment.zones for n, segment in disk.segments.items() if segment.generation == writer.generation}
+        with contextlib.suppress(StoreError):  # what is left is garbage that the next try removes
+            await drop_garbage(env, log, made)
+        raise
     first_number = max([tail.next_number, *(number + 1 for number in disk.segments)])
     tail_start = loaded.header.previous_next_segment if loaded is not None else 0
     numbers = {n for n in (*disk.segments, *disk.dead) if n >= tail_start}
@@ -98,7 +109,7 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
         checkpoint=keeper.number,
         clean=False,
     )
-    garbage = {number: zones for number, zones in tail.unkept.items() if number not in kept}
+    garbage = {n: zones for n, zones in tail.unkept.items() if n not in kept and n not in tail.empty}
     return Opened(disk, keeper, committed, garbage, tail.newest_wall_us)
 
 
@@ -172,6 +183,14 @@ async def _replay(disk: Disk, tail: Tail) -> None:
     for key, count in disk.map.count_live().items():
         env.segments[key].live += count
     disk.live_total = sum(segment.live for segment in disk.segments.values())
+
+
+async def close_disk(disk: Disk) -> None:
+    """Give back what an opening took that did not come to its end."""
+    await disk.writer.close()
+    for segment in [*disk.segments.values(), *(segment for segment, _ in disk.dead.values())]:
+        disk.env.segments.pop(segment.key, None)
+        segment.close_handles()
 
 
 async def drop_garbage(env: Env, log: int, garbage: dict[int, tuple[int, ...]]) -> None:

@@ -49,7 +49,7 @@ from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.version import VERSION
 from objstore.volume.base import Volume, VolumeInfo
 from objstore.volume.catalog import Catalog
-from objstore.volume.opening import drop_garbage, open_disk, purge_log
+from objstore.volume.opening import close_disk, drop_garbage, open_disk, purge_log
 from objstore.volume.settings import MODES, StoreSettings, check_mode
 from objstore.volume.status import StoreStatus, VdiStatus, ZoneStatus
 from objstore.volume.vdi import Vdi
@@ -148,8 +148,12 @@ class Store:
         env = self.env
         try:
             opened = await open_disk(env, entry, self.catalog.state.heads.get(entry.log))
-            await self.catalog.commit(opened.head)
-            await drop_garbage(env, entry.log, opened.garbage)
+            try:
+                await self.catalog.commit(opened.head)
+                await drop_garbage(env, entry.log, opened.garbage)
+            except StoreError:
+                await close_disk(opened.disk)
+                raise
         except StoreError as error:
             self._failed[entry.vdi_id] = str(error)
             raise

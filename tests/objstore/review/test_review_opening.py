@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from objstore.errors import Corrupt, NoSpace
+from objstore.errors import NoSpace
 from objstore.units import BLOCK_BYTES, KIB, MIB
 from objstore.volume.vdi import Vdi
 from tests.support.stepping import SMALL_SEGMENTS, World, turns
@@ -48,4 +48,53 @@ async def test_a_damaged_first_page_hides_no_flushed_record(world: World, blocks
     await world.open()
     vdi = await attach(world)
     for lba in range(blocks):
+        assert await contents(vdi, lba) == block(lba)
+
+
+async def test_an_opening_that_found_no_space_leaves_nothing_behind(world: World) -> None:
+    vdi = await attach(world)
+    blocks = 300
+    for lba in range(blocks):
+        await vdi.write(lba * BLOCK_BYTES, memoryview(block(lba)))
+        if lba % 50 == 0:
+            await vdi.flush()
+    await vdi.flush()
+    await world.kill()
+    # Without its seals everything has to be copied.
+    for name in world.names(0, "log/000001/"):
+        del world.storages[0].objects[name][-BLOCK_BYTES:]
+    storage = world.storages[0]
+    capacity = storage.capacity_bytes
+    await world.open()
+    storage.capacity_bytes = storage.used_bytes() + 400 * KIB
+    store = world.store
+    assert store is not None
+    before = set(world.names(0, "log/000001/"))
+    for _ in range(3):
+        with pytest.raises(NoSpace):
+            await store.open("disk")
+        await turns()
+        assert before.issuperset(world.names(0, "log/000001/")), "each try takes more space"
+        assert not store.env.segments
+        assert not store.env.dirty_bytes
+    storage.capacity_bytes = capacity
+    vdi = await attach(world)
+    for lba in range(blocks):
+        assert await contents(vdi, lba) == block(lba)
+
+
+async def test_segments_set_aside_and_never_used_make_room_for_the_opening(world: World) -> None:
+    vdi = await attach(world)
+    vdi.disk.writer.prepared_target = 6
+    for lba in range(100):
+        await vdi.write(lba * BLOCK_BYTES, memoryview(block(lba)))
+    await vdi.flush()
+    await turns()
+    await world.kill()
+    storage = world.storages[0]
+    assert len(world.names(0, "log/000001/")) == 8
+    await world.open()
+    storage.capacity_bytes = storage.used_bytes() + 16 * KIB
+    vdi = await attach(world)
+    for lba in range(100):
         assert await contents(vdi, lba) == block(lba)
