@@ -13,7 +13,8 @@
       Corrupt             every copy is damaged; carries the damaged ranges
       Fenced              a later owner has this VDI; the handle stays dead
       Stopping            the store is closing
-      FormatError         bytes of a zone are not what FORMAT.md says, or newer than this program
+      FormatError         bytes of a zone are not what FORMAT.md says
+        NewerFormat       they are of a newer format than this program knows
 
 `nbdserver.dispatch` turns them into NBD error values in one place.
 """
@@ -83,3 +84,7 @@ class Stopping(StoreError):
 
 class FormatError(StoreError):
     """Bytes of a zone are not what FORMAT.md says, or of a newer format."""
+
+
+class NewerFormat(FormatError):
+    """A newer format than this program knows; nothing was touched."""

@@ -11,11 +11,11 @@ from typing import Final, TypeVar
 import msgspec
 from crc32c import crc32c
 
-from objstore.errors import FormatError
+from objstore.errors import FormatError, NewerFormat
 
 T = TypeVar("T")
 FORMAT_VERSION: Final = 1
-_LINE: Final = re.compile(rb"SHEEPFOLD ([a-z]+) ([0-9]+) crc32c=([0-9a-f]{8})\n")
+_LINE: Final = re.compile(rb"SHEEPFOLD ([a-z]+) ([0-9]{1,9}) crc32c=([0-9a-f]{8})\n")
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -73,8 +73,9 @@ def decode_document(kind: str, data: bytes, type_: type[T], where: str) -> T:
     if match is None or match[1] != kind.encode():
         raise FormatError(f"{where} is no {kind} of Sheepfold")
     if int(match[2]) > FORMAT_VERSION:
-        raise FormatError(
-            f"{where} has format version {int(match[2])}, this program knows up to {FORMAT_VERSION}: use a newer program"
+        raise NewerFormat(
+            f"{where} has format version {int(match[2])}, this program knows up to {FORMAT_VERSION}: "
+            "use a newer program"
         )
     body = data[match.end() : -1]
     if crc32c(body) != int(match[3], 16):

@@ -5,6 +5,7 @@ holds it. For now a store opens only with all its members present, so the newest
 every zone holds.
 """
 
+import logging
 import os
 import random
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Final, NamedTuple
 from objstore.backend.base import Backend
 from objstore.backend.directory import DirectoryBackend
 from objstore.clock import Clock
-from objstore.errors import Corrupt, FormatError, InvalidRequest, NotFound, Unavailable
+from objstore.errors import Corrupt, FormatError, InvalidRequest, NewerFormat, NotFound, Unavailable
 from objstore.format.document import (
     CatalogHead,
     Epoch,
@@ -22,6 +23,8 @@ from objstore.format.document import (
     decode_document,
     encode_document,
 )
+
+log = logging.getLogger(__name__)
 
 SUPERBLOCK: Final = "superblock"
 EPOCH_FOLDER: Final = "epoch/"
@@ -129,26 +132,36 @@ def check_members(places: Sequence[ZonePlace]) -> list[ZonePlace]:
 
 
 def newest_epoch(places: Sequence[ZonePlace]) -> tuple[Epoch | None, int]:
-    """(the newest epoch that every zone holds, the highest number seen anywhere). None: a store just initialised."""
-    held: dict[int, list[Epoch]] = {}
+    """(the newest epoch that every zone holds, the highest number seen anywhere). None: a store just initialised.
+
+    A record appears whole or not at all, so one that is there but damaged counts as held; what it said is read from
+    another zone. Corrupt: no zone can say it. Going back to an older one would go back to an older catalog.
+    """
+    held: dict[int, list[Epoch | None]] = {}
     highest = 0
     for place in places:
         for entry in place.backend.list(EPOCH_FOLDER):
             number = int(entry.name.rpartition("/")[2], 16)
             highest = max(highest, number)
+            epoch: Epoch | None = None
+            data = place.backend.get(entry.name)
             try:
-                data = place.backend.get(entry.name)
                 epoch = decode_document("epoch", data, Epoch, f"{place.path}/{entry.name}")
-            except FormatError:
-                continue
+            except NewerFormat:
+                raise
+            except FormatError as error:
+                log.warning("an epoch record is damaged: %s", error)
             held.setdefault(number, []).append(epoch)
-    complete = [
-        epochs[0] for epochs in held.values() if len(epochs) == len(places) and len({e.id for e in epochs}) == 1
-    ]
-    newest = max(complete, key=lambda epoch: epoch.number, default=None)
-    if newest is None and any(e.parent != NO_EPOCH for epochs in held.values() for e in epochs):
-        raise Corrupt("no epoch record can be read from every zone")
-    return newest, highest
+    for number, epochs in sorted(held.items(), reverse=True):
+        readable = {epoch.id: epoch for epoch in epochs if epoch is not None}
+        if len(epochs) < len(places) or len(readable) > 1:
+            continue
+        if not readable:
+            raise Corrupt(f"no zone can read epoch record {number}")
+        return next(iter(readable.values())), highest
+    if any(epoch is not None and epoch.parent != NO_EPOCH for epochs in held.values() for epoch in epochs):
+        raise Corrupt("no epoch record is held by every zone")
+    return None, highest
 
 
 def next_epoch(
