@@ -15,7 +15,7 @@ from objstore.errors import FormatError, NewerFormat
 
 T = TypeVar("T")
 FORMAT_VERSION: Final = 1
-_LINE: Final = re.compile(rb"SHEEPFOLD ([a-z]+) ([0-9]{1,9}) crc32c=([0-9a-f]{8})\n")
+_LINE: Final = re.compile(rb"SHEEPFOLD ([a-z]+) ([1-9][0-9]{0,8}) crc32c=([0-9a-f]{8})\n")
 
 
 class Member(msgspec.Struct, frozen=True):
