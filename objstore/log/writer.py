@@ -245,6 +245,8 @@ class LogWriter:
         self.seal_target = -1
         self.error: StoreError | None = None
         self.space_error: NoSpace | None = None
+        self.scarce = False
+        """The last segment set aside came out of the reserve: it is not for the data of clients."""
         self.segment: Segment | None = None
         self.observer: SegmentObserver | None = None
         self.durable_wall = env.clock.wall()
@@ -328,19 +330,35 @@ class LogWriter:
     async def make_room(self, reserve_bytes: int) -> None:
         """Wait until a prepared segment is there. NoSpace: the zones are full; Unavailable: the log failed.
 
-        reserve_bytes: what must stay free in every zone behind it.
+        reserve_bytes: what must stay free in every zone behind it. 0 for what frees space in the end: the reserve is
+        then used if there is nothing else.
         """
-        while not self._prepared:
+        attempt = max(reserve_bytes, self.env.reserve_bytes)
+        while not self._prepared or (self.scarce and reserve_bytes):
             if self.error is not None:
                 raise self.error
+            if self._prepared:
+                await self._check_space(reserve_bytes)
+                continue
             if self.segment is not None:
                 self.prepared_target = min(self.prepared_target + 1, PREPARED_MAX)
-            self._prepare(reserve_bytes)
+            self._prepare(attempt)
             waiter: asyncio.Future[None] = self.env.loop.create_future()
             self._room_waiters.append(waiter)
             await waiter
-            if self.space_error is not None and not self._prepared and self._reserve_tried <= reserve_bytes:
-                raise self.space_error
+            if self.space_error is not None and not self._prepared:
+                if self._reserve_tried <= reserve_bytes:
+                    raise self.space_error
+                attempt = reserve_bytes
+
+    async def _check_space(self, reserve_bytes: int) -> None:
+        """See whether so much is free again that clients may write into what came out of the reserve. NoSpace."""
+        env = self.env
+        zones = self.place(self.next_number)
+        free = await asyncio.gather(*(run(env.executor, z, env.zones[z].backend.free_bytes) for z in zones))
+        if min(free) < reserve_bytes:
+            raise NoSpace(f"the zones are full: free_bytes={min(free)} reserve_bytes={reserve_bytes}")
+        self.scarce = False
 
     def _prepare(self, reserve_bytes: int) -> None:
         if self._preparing is None and not self._closed and self.error is None:
@@ -350,10 +368,12 @@ class LogWriter:
             self.watch(self._preparing)
 
     async def _prepare_ahead(self, reserve_bytes: int) -> None:
+        scarce = reserve_bytes < self.env.reserve_bytes
+        target = 1 if scarce else self.prepared_target
         try:
-            while len(self._prepared) < self.prepared_target and self.error is None and not self._closed:
+            while len(self._prepared) < target and self.error is None and not self._closed:
                 # Segments are used in the order of their numbers, so those made together become ready together.
-                missing = self.prepared_target - len(self._prepared)
+                missing = target - len(self._prepared)
                 self._making_from = self.next_number
                 made = await asyncio.gather(
                     *(self._prepare_one(reserve_bytes) for _ in range(min(missing, PREPARED_AT_ONCE))),
@@ -361,6 +381,8 @@ class LogWriter:
                 )
                 self._prepared += [segment for segment in made if isinstance(segment, Segment)]
                 self._making_from = None
+                if self._prepared:
+                    self.scarce = scarce
                 self._wake_room()
                 for failure in made:
                     if isinstance(failure, BaseException):

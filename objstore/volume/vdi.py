@@ -166,6 +166,7 @@ class Vdi:
             or self._turn.locked()
             or (offset_bytes | length_bytes) & BLOCK_MASK
             or self.collector.tight
+            or self._writer.scarce
             or self._env.dirty_bytes >= self._env.dirty_bytes_max
         ):
             return False
@@ -219,7 +220,7 @@ class Vdi:
                 first, count, what = pieces[0]
                 await disk.load_edges(first, count)
                 blocks = count if isinstance(what, memoryview) else 0
-                room = writer.room(blocks)
+                room = 0 if blocks and writer.scarce else writer.room(blocks)
                 if not room:
                     try:
                         await writer.make_room(self._reserve() if blocks else 0)

@@ -151,3 +151,23 @@ async def test_a_read_without_waiting_that_meets_an_error_goes_to_another_zone(
         assert vdi.read_now(0, count * BLOCK_BYTES, into[: count * BLOCK_BYTES]) == -1
         await vdi.read(0, count * BLOCK_BYTES, into[: count * BLOCK_BYTES])
         assert into[: count * BLOCK_BYTES] == b"".join(block(lba, 0) for lba in range(count))
+
+
+async def test_whoever_may_use_the_reserve_is_not_refused_for_another_who_may_not(world: World) -> None:
+    vdi = await make(world)
+    for storage in world.storages:
+        storage.capacity_bytes = storage.used_bytes() + MIB
+    full = False
+    for lba in range(2048):
+        try:
+            await vdi.write(lba % 1024 * BLOCK_BYTES, memoryview(block(lba, 1)), fua=True)
+        except NoSpace:
+            full = True
+            break
+    assert full
+    writer = vdi.disk.writer
+    client = asyncio.create_task(writer.make_room(vdi.disk.env.reserve_bytes))
+    collection = asyncio.create_task(writer.make_room(0))
+    await asyncio.wait([client, collection])
+    assert collection.exception() is None
+    await asyncio.gather(client, return_exceptions=True)
