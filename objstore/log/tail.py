@@ -85,7 +85,8 @@ def look_at(backend: Backend, store_id: bytes, log: int, number: int) -> Seen:
 def seal_of(backend: Backend, store_id: bytes, log: int, number: int, sync: bool) -> int | None:
     """CRC of the seal of a segment in one zone (in a zone's thread), None if it is not sealed there.
 
-    sync: make what is seen durable. The body is so already, as its sync came before the seal.
+    sync: make what is seen durable, and look again around the page cache: if an earlier sync failed, the cache shows
+    what never reached the medium and later syncs pass over it. The body is durable, as its sync came before the seal.
     """
     try:
         handle = backend.open(segment_name(log, number))
@@ -101,6 +102,10 @@ def seal_of(backend: Backend, store_id: bytes, log: int, number: int, sync: bool
             return None
         if sync:
             handle.sync()
+            seal = memoryview(bytearray(footer.table_bytes + FOOTER_BYTES))
+            handle.read_uncached(handle.size_bytes - len(seal), [seal])
+            if seal[-FOOTER_BYTES:] != end or crc32c(seal[:-FOOTER_BYTES]) != footer.table_crc:
+                return None
         return footer.crc
     finally:
         handle.close()
