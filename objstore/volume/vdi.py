@@ -52,6 +52,9 @@ class Vdi:
         self._write_through = mode in ("writeback", "writethrough")
         self._turn = asyncio.Lock()
         self._closed: StoreError | None = None
+        self._reads = 0
+        """Reads under way that wait."""
+        self._quiet = asyncio.Event()
         disk.on_boundary = self._boundary
         disk.on_failed = keeper.on_progress = self.collector.poke
 
@@ -116,10 +119,10 @@ class Vdi:
             return 0
         first, count, skip = _cover(offset_bytes, length_bytes)
         if not skip and count << BLOCK_SHIFT == length_bytes:
-            return await self.disk.read(first, count, into) << BLOCK_SHIFT
+            return await self._read_blocks(first, count, into) << BLOCK_SHIFT
         whole = memoryview(bytearray(count << BLOCK_SHIFT))
         try:
-            zeros = await self.disk.read(first, count, whole)
+            zeros = await self._read_blocks(first, count, whole)
         except Corrupt as error:
             into[:] = whole[skip : skip + length_bytes]
             raise Corrupt(str(error), _clip(error.bad, offset_bytes, length_bytes)) from error
@@ -127,6 +130,18 @@ class Vdi:
             return length_bytes
         into[:] = whole[skip : skip + length_bytes]
         return 0
+
+    async def _read_blocks(self, first: int, count: int, into: memoryview) -> int:
+        self._reads += 1
+        try:
+            return await self.disk.read(first, count, into)
+        finally:
+            self._read_ended()
+
+    def _read_ended(self) -> None:
+        self._reads -= 1
+        if not self._reads:
+            self._quiet.set()
 
     async def cache(self, offset_bytes: int, length_bytes: int) -> None:
         """See Volume: reads up to READ_AHEAD_BYTES_MAX of the range, which leaves them in the host's page cache."""
@@ -151,7 +166,12 @@ class Vdi:
         end = offset_bytes + length_bytes
         found: list[Extent] = []
         at = first << BLOCK_SHIFT
-        for kind, blocks in await self.disk.extents(first, count, extents_max):
+        self._reads += 1
+        try:
+            stretches = await self.disk.extents(first, count, extents_max)
+        finally:
+            self._read_ended()
+        for kind, blocks in stretches:
             low, at = max(at, offset_bytes), at + (blocks << BLOCK_SHIFT)
             found.append(Extent(min(at, end) - low, kind == HOLE, kind <= RESERVED))
         return found
@@ -366,12 +386,19 @@ class Vdi:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    async def abandon(self, reason: StoreError) -> None:
-        """Take nothing more and stop, without making anything durable: the VDI is being deleted."""
+    async def _quiesce(self, reason: StoreError) -> None:
+        """Take nothing more (every later call raises `reason`) and wait for what is under way."""
         self._closed = reason
         self._write_through = True
         async with self._turn:
             pass
+        while self._reads:
+            self._quiet.clear()
+            await self._quiet.wait()
+
+    async def abandon(self, reason: StoreError) -> None:
+        """Take nothing more and stop, without making anything durable: the VDI is being deleted."""
+        await self._quiesce(reason)
         await self.collector.close()
         await self.keeper.close()
         await self._writer.close()
@@ -381,10 +408,7 @@ class Vdi:
 
         Unavailable: a zone failed, what was not flushed may be lost. The handle is closed all the same.
         """
-        self._closed = reason
-        self._write_through = True
-        async with self._turn:
-            pass
+        await self._quiesce(reason)
         try:
             await self.collector.close()
             if self._writer.error is not None:
