@@ -126,8 +126,6 @@ class Keeper:
             raise self._failed
         if self.disk.writer.error is not None:
             raise self.disk.writer.error
-        if self.disk.writer.error is not None:
-            raise self.disk.writer.error
 
     # -- writing ------------------------------------------------------------------------------------------------
 
