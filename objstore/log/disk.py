@@ -173,7 +173,9 @@ class Disk:
         """Blocks by segment key that the map points at no more."""
         segments = self.env.segments
         for key, blocks in replaced.items():
-            segments[key].live -= blocks
+            segment = segments.get(key)
+            if segment is not None:  # else: regions dropped uncounted, whose segment was found dead and freed before
+                segment.live -= blocks
             self.live_total -= blocks
 
     def forget_parts(self) -> None:
