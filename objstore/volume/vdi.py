@@ -24,6 +24,9 @@ from objstore.volume.base import REQUEST_BYTES_MAX, Extent, always
 
 FILL_BLOCKS_MAX = (1 << 32) - 1
 READ_AHEAD_BYTES_MAX = 8 << 20
+RECLAIMS_MAX = 8
+"""Times that one request waits for something to be freed and then meets full zones again. What was freed may have been
+dense segments moved elsewhere, with nothing won."""
 RESERVED_OVERHEAD = 1.06
 """Files over data for whole 1 MiB records: header pages, directory, rounding."""
 
@@ -235,6 +238,7 @@ class Vdi:
         await self.collector.room()
         whole = list(pieces)
         begun = False
+        reclaims = 0
         try:
             while pieces:
                 first, count, what = pieces[0]
@@ -248,7 +252,8 @@ class Vdi:
                         disk.forget_parts()
                         pieces[:] = whole
                         begun = False
-                        if not await self.collector.reclaim():
+                        reclaims += 1
+                        if reclaims > RECLAIMS_MAX or not await self.collector.reclaim():
                             raise
                     continue
                 if not begun and not alive():
