@@ -6,7 +6,7 @@ one call per handle at a time (several handles at once), except `Handle.read_now
 Names are relative paths of 1-8 parts of [a-z0-9._-], e.g. "log/000001/0000002a"; folders come into being by themselves.
 Errors: NotFound, NoSpace (full; nothing done, or for a handle: unknown), Exists, Conflict (see replace_if), and
 ZoneFailed for every other error of the operating system, with the zone's path, the call and errno in its message. After
-ZoneFailed what was being written is unknown, and no call repeats it (INVARIANTS 4 in DESIGN.md).
+ZoneFailed what was being written is unknown, and no call repeats it (DESIGN.md, "4. An error is final").
 """
 
 from abc import ABC, abstractmethod

@@ -87,7 +87,8 @@ class Volume(Protocol):
 
         fua: return only when the write is durable on every zone in service that holds it.
         alive: asked immediately before the write takes its place in the log; False drops the write (InvalidRequest):
-            the connection that asked for it is gone (INVARIANTS 31 in DESIGN.md).
+            the connection that asked for it is gone (DESIGN.md, "22. A request whose client is gone doesn't
+            overtake its successor").
         """
         ...
 
