@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Awaitable, Callable, Iterable
+import itertools
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ class Replay:
         tags = words >> np.uint64(KIND_SHIFT)
         source_at = 0
         bounds = [0, *(np.flatnonzero(tags[1:] != tags[:-1]) + 1).tolist(), len(words)]
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in itertools.pairwise(bounds):
             tag = int(tags[low])
             kind, flags = tag & 0xFF, tag >> (FLAG_SHIFT - KIND_SHIFT)
             lbas = words[low:high] & np.uint64(LBA_MASK)
@@ -129,12 +129,3 @@ def expand_runs(lbas: U64, counts: U64, entries: U64) -> tuple[U64, U64]:
     ends = np.cumsum(counts)
     within = np.arange(total, dtype=np.uint64) - np.repeat(ends - counts, counts.astype(np.int64))
     return lbas[index] + within, entries[index] + within
-
-
-def entries_of(directories: Iterable[Directory]) -> Iterable[tuple[Directory, int, int, int]]:
-    """(directory, operation, first block, block count) of every operation of kind ENTRY, in log order."""
-    for directory in directories:
-        words: array[int] = directory.words
-        for i, bits in enumerate(words):
-            if bits >> KIND_SHIFT & 0xFF == Kind.ENTRY:
-                yield directory, i, directory.starts[i], directory.counts[i]

@@ -72,7 +72,7 @@ def test_an_empty_zone_is_named() -> None:
 
 def test_a_zone_of_another_store_is_named() -> None:
     ours, theirs = Zones(2), Zones(2, seed=2, folder="y")
-    with pytest.raises(InvalidRequest, match="/y1 belongs to store .*, but /z0 to store"):
+    with pytest.raises(InvalidRequest, match=r"/y1 belongs to store .*, but /z0 to store"):
         check_members([ours.look()[0], theirs.look()[1]])
 
 
@@ -96,9 +96,7 @@ def test_a_zone_that_the_others_do_not_list() -> None:
     ours = zones.look()
     assert ours[0].superblock is not None
     assert stranger.superblock is not None
-    block = Superblock(
-        store=ours[0].superblock.store, zone=stranger.superblock.zone, number=7, members=[], created=0.0
-    )
+    block = Superblock(store=ours[0].superblock.store, zone=stranger.superblock.zone, number=7, members=[], created=0.0)
     with pytest.raises(InvalidRequest, match="/x is not listed as a zone of store"):
         check_members([*ours, stranger._replace(superblock=block)])
 

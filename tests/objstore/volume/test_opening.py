@@ -1,20 +1,15 @@
 """Opening VDIs: from the newest checkpoint, from the one before it, after any end of the process before."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 
 import pytest
 
 from objstore.errors import Corrupt
-from objstore.log.checkpoint import checkpoint_folder
-from objstore.units import BLOCK_BYTES, KIB, MIB
+from objstore.units import KIB, MIB
 from objstore.volume.settings import StoreSettings
-from objstore.volume.vdi import Vdi
+from tests.support.disks import ModelDisk
 from tests.support.stepping import World, executor_of, turns
-
-SIZE_BYTES = 4 * MIB
-BLOCKS = SIZE_BYTES // BLOCK_BYTES
 
 
 @pytest.fixture
@@ -25,67 +20,13 @@ async def world() -> AsyncIterator[World]:
     await world.kill()
 
 
-class Disk:
-    """A VDI of a world and what it must hold."""
-
-    def __init__(self, world: World, *, seed: int = 1, size_bytes: int = SIZE_BYTES) -> None:
-        self.world = world
-        self.dice = random.Random(seed)
-        self.model = bytearray(size_bytes)
-        self.vdi: Vdi
-
-    async def create(self) -> "Disk":
-        assert self.world.store is not None
-        await self.world.store.create_vdi("disk", len(self.model), copies=2, mode="writeback-always")
-        await self.open()
-        return self
-
-    async def open(self) -> None:
-        assert self.world.store is not None
-        vdi = await self.world.store.open("disk")
-        assert isinstance(vdi, Vdi)
-        self.vdi = vdi
-
-    async def reopen(self, *, clean: bool) -> None:
-        await (self.world.stop() if clean else self.world.kill())
-        await self.world.open()
-        await self.open()
-
-    async def churn(self, writes: int, blocks_max: int = 24) -> None:
-        """Random writes, trims and zeros of whole blocks."""
-        for _ in range(writes):
-            blocks = self.dice.randint(1, blocks_max)
-            first = self.dice.randrange(BLOCKS - blocks)
-            low, length = first * BLOCK_BYTES, blocks * BLOCK_BYTES
-            choice = self.dice.random()
-            if choice < 0.9:
-                data = self.dice.randbytes(length)
-                await self.vdi.write(low, memoryview(data))
-            else:
-                data = bytes(length)
-                await (self.vdi.trim(low, length) if choice < 0.95 else self.vdi.zero(low, length, no_hole=True))
-            self.model[low : low + length] = data
-
-    async def check(self) -> None:
-        into = memoryview(bytearray(MIB))
-        for low in range(0, len(self.model), MIB):
-            part = into[: min(MIB, len(self.model) - low)]
-            if await self.vdi.read(low, len(part), part) == len(part):
-                part[:] = bytes(len(part))
-            assert part == self.model[low : low + MIB], f"contents differ at {low}"
-
-    @property
-    def checkpoints(self) -> list[str]:
-        return self.world.names(0, checkpoint_folder(1))
-
-
 @pytest.fixture
-async def disk(world: World) -> Disk:
-    return await Disk(world).create()
+async def disk(world: World) -> ModelDisk:
+    return await ModelDisk(world).create()
 
 
 @pytest.mark.parametrize("clean", [True, False])
-async def test_contents_survive_every_restart(disk: Disk, clean: bool) -> None:
+async def test_contents_survive_every_restart(disk: ModelDisk, clean: bool) -> None:
     for _ in range(6):
         await disk.churn(60)
         await disk.vdi.flush()
@@ -95,7 +36,7 @@ async def test_contents_survive_every_restart(disk: Disk, clean: bool) -> None:
 
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("where", ["header", "footer", "table", "missing"])
-async def test_the_checkpoint_before_serves_when_the_newest_is_lost(disk: Disk, where: str, clean: bool) -> None:
+async def test_the_checkpoint_before_serves_when_the_newest_is_lost(disk: ModelDisk, where: str, clean: bool) -> None:
     """Segments that died between the two must still be there; and the fallback can be lost and found again."""
     for turn in range(3):
         await disk.churn(250)
@@ -120,7 +61,7 @@ async def test_the_checkpoint_before_serves_when_the_newest_is_lost(disk: Disk, 
     assert freed, "no segment was freed: the test did not test much"
 
 
-async def test_no_older_checkpoint_than_the_one_before_is_believed(disk: Disk) -> None:
+async def test_no_older_checkpoint_than_the_one_before_is_believed(disk: ModelDisk) -> None:
     for _ in range(3):
         await disk.churn(250)
         await disk.vdi.keeper.checkpoint()
@@ -132,7 +73,7 @@ async def test_no_older_checkpoint_than_the_one_before_is_believed(disk: Disk) -
         await disk.open()
 
 
-async def test_a_gap_in_the_numbers_of_checkpoints_does_not_hide_the_one_before(disk: Disk) -> None:
+async def test_a_gap_in_the_numbers_of_checkpoints_does_not_hide_the_one_before(disk: ModelDisk) -> None:
     """A checkpoint was given up for want of space: the one before the newest has not the number before."""
     await disk.churn(100)
     await disk.vdi.keeper.checkpoint()
@@ -150,7 +91,7 @@ async def test_a_gap_in_the_numbers_of_checkpoints_does_not_hide_the_one_before(
     await disk.check()
 
 
-async def test_a_checkpoint_of_one_zone_is_copied_to_the_others(disk: Disk) -> None:
+async def test_a_checkpoint_of_one_zone_is_copied_to_the_others(disk: ModelDisk) -> None:
     """The process died between the two zones: what is built on that checkpoint must not hang on a single copy."""
     await disk.churn(100)
     await disk.vdi.keeper.checkpoint()
@@ -169,15 +110,16 @@ async def test_a_checkpoint_of_one_zone_is_copied_to_the_others(disk: Disk) -> N
     await disk.check()
 
 
-async def test_a_segment_sealed_in_one_zone_only_is_copied(disk: Disk) -> None:
+async def test_a_segment_sealed_in_one_zone_only_is_copied(disk: ModelDisk) -> None:
     """Its seal proves nothing about the body in the other zone, whose sync may never have come."""
-    await disk.churn(1, 1)
+    await disk.churn(1, blocks_max=1)
     await disk.vdi.flush()
     segment = disk.vdi.disk.writer.segment
     assert segment is not None
     executor = executor_of(disk.vdi.disk.env)
     executor.hold(1)
-    await disk.churn(3, 2)
+    await disk.write(7, 2)
+    await disk.write(8, 2)
     disk.vdi.disk.writer.finish_segment()
     disk.vdi.disk.writer.request_sync()
     await turns()
@@ -197,11 +139,9 @@ async def test_opening_with_smaller_segments_than_before(smaller: int) -> None:
     world = World(2, settings=StoreSettings(segment_bytes=8 * MIB, dirty_age_seconds=60.0))
     await world.open(create=True)
     try:
-        disk = await Disk(world).create()
+        disk = await ModelDisk(world).create()
         for blocks in (1, 10, 60, 70, 100, 200, 250, 1, 90):
-            data = disk.dice.randbytes(blocks * BLOCK_BYTES)
-            await disk.vdi.write(0, memoryview(data))
-            disk.model[: len(data)] = data
+            await disk.write(0, blocks)
         await disk.vdi.flush()
         await world.kill()
         world.settings = StoreSettings(segment_bytes=smaller, dirty_age_seconds=60.0)
@@ -214,17 +154,15 @@ async def test_opening_with_smaller_segments_than_before(smaller: int) -> None:
         await world.kill()
 
 
-async def test_live_counters_of_a_checkpoint_are_those_of_its_position(disk: Disk) -> None:
+async def test_live_counters_of_a_checkpoint_are_those_of_its_position(disk: ModelDisk) -> None:
     """What clients overwrite while it is being written is counted again when the tail is replayed."""
-    data = memoryview(disk.dice.randbytes(40 * BLOCK_BYTES))
-    await disk.vdi.write(0, data)
-    disk.model[: len(data)] = data
+    await disk.write(0, 40)
     await turns()
     executor = executor_of(disk.vdi.disk.env)
     executor.hold(0)
     checkpoint = asyncio.create_task(disk.vdi.keeper.checkpoint())
     await turns()
-    await disk.vdi.write(0, data)
+    await disk.write(0, 40)
     executor.release(0)
     await checkpoint
     await disk.vdi.flush()
