@@ -185,7 +185,7 @@ class Disk:
     # -- map pages ----------------------------------------------------------------------------------------------
 
     async def load(self, wanted: list[tuple[int, PageRef]], *, evict: bool = True) -> None:
-        """Bring these regions of the map into memory. Corrupt: a page is bad in every zone.
+        """Bring these regions of the map into memory, or some of them. Corrupt: a page is bad in every zone.
 
         evict: make room for them first. Whoever asks a second time for the same range doesn't: what was loaded for it
         the first time would be the first to go.
@@ -194,7 +194,15 @@ class Disk:
             return
         if evict:
             self.evict()
-        for region, ref, page in await load_pages(self.env, self.log, wanted, self.checkpoint_zones):
+        try:
+            pages = await load_pages(self.env, self.log, wanted, self.checkpoint_zones)
+        except Corrupt:
+            # A checkpoint may have taken these pages over meanwhile, and the one that held them is gone: the caller
+            # looks again and finds them there.
+            if all(self.map.regions.get(region) == ref for region, ref in wanted):
+                raise
+            return
+        for region, ref, page in pages:
             self.map.load(region, ref, decode_region(page))
 
     def evict(self) -> None:
