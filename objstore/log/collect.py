@@ -309,7 +309,6 @@ class Collector:
     async def _admit(self) -> None:
         env = self.disk.env
         while env.dirty_bytes >= env.dirty_bytes_max and self.disk.writer.error is None:
-            self.disk.writer.request_sync()
             await env.dirty_room()
         if self.disk.writer.error is not None:
             raise self.disk.writer.error

@@ -80,6 +80,8 @@ class Env:
         self.bad_copies = 0
         """Blocks and directories that a zone returned with a wrong checksum since the store was opened."""
         self.crc_cache: deque[Segment] = deque()
+        self.request_syncs: list[Callable[[], None]] = []
+        """For each log that may have dirty data: start making it durable."""
         self._dirty_waiters: deque[asyncio.Future[None]] = deque()
         self._readers: deque[Segment] = deque()
 
@@ -97,7 +99,9 @@ class Env:
                 waiter.set_result(None)
 
     async def dirty_room(self) -> None:
-        """Wait until something became durable (or a log failed)."""
+        """See that all that is dirty goes to the zones, and wait until something became durable (or a log failed)."""
+        for request_sync in self.request_syncs:
+            request_sync()
         waiter: asyncio.Future[None] = self.loop.create_future()
         self._dirty_waiters.append(waiter)
         await waiter

@@ -278,6 +278,7 @@ class LogWriter:
         self._age_timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._disowned = False
+        env.request_syncs.append(self.request_sync)
 
     # -- space --------------------------------------------------------------------------------------------------
 
@@ -751,6 +752,7 @@ class LogWriter:
         if self._disowned:
             return
         self._disowned = True
+        self.env.request_syncs.remove(self.request_sync)
         gathered = 1 + self._data if self._record is not None else 0
         left = gathered + sum(record.blocks for record in self._undurable if record.waiting)
         self.env.release_dirty(left << BLOCK_SHIFT)

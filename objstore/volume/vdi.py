@@ -291,7 +291,6 @@ class Vdi:
         """Wait while dirty data stands at its limit."""
         env, writer = self._env, self._writer
         while env.dirty_bytes >= env.dirty_bytes_max and writer.error is None:
-            writer.request_sync()
             await env.dirty_room()
         if writer.error is not None:
             raise writer.error

@@ -73,3 +73,18 @@ async def test_dirty_data_of_a_deleted_disk_is_forgotten(world: World) -> None:
     await store.delete_vdi("one")
     assert not store.env.dirty_bytes
     await world.stop()
+
+
+async def test_at_the_limit_the_dirty_data_of_every_disk_goes_to_the_zones(world: World) -> None:
+    """Else a write waits until the other disk's data is old enough, here a minute."""
+    one, other = await make(world, "one"), await make(world, "other")
+    store = world.store
+    assert store is not None
+    for lba in range(0, 256, 8):
+        await one.write(lba * BLOCK_BYTES, memoryview(bytes(8 * BLOCK_BYTES)))
+    assert store.env.dirty_bytes >= store.env.dirty_bytes_max, "all of it gathered in one record"
+    waiting = asyncio.create_task(other.write(0, BLOCK))
+    await turns()
+    assert waiting.done()
+    await waiting
+    await world.stop()
