@@ -1,0 +1,197 @@
+"""Collection: space comes back, a client's write always wins, nothing is lost however the process ends."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from objstore.format.record import KIND_SHIFT, Kind
+from objstore.log.collect import SPACE_TIGHT, TIGHT_SEGMENTS
+from objstore.log.reader import read_run
+from objstore.log.segment import segment_number
+from objstore.log.tail import look_at
+from objstore.units import BLOCK_BYTES
+from tests.conftest import ExpectedWarnings
+from tests.support.disks import LOG, ModelDisk
+from tests.support.stepping import World, turns
+
+
+@pytest.fixture
+async def disk() -> AsyncIterator[ModelDisk]:
+    world = World(2)
+    await world.open(create=True)
+    yield await ModelDisk(world).create()
+    await world.kill()
+
+
+async def settle(disk: ModelDisk) -> None:
+    """Let collection do all it finds to do, and free what may be freed."""
+    for _ in range(3):
+        await turns(300)
+        await disk.vdi.keeper.checkpoint()
+    await turns(300)
+
+
+def stored_blocks(disk: ModelDisk) -> int:
+    objects = disk.world.storages[0].objects
+    return sum(len(objects[name]) for name in disk.segments) // BLOCK_BYTES
+
+
+def kinds(disk: ModelDisk) -> set[int]:
+    """Kinds of operations in the sealed segments of zone 0."""
+    found: set[int] = set()
+    env = disk.vdi.disk.env
+    for name in disk.segments:
+        directory = look_at(env.zones[0].backend, env.store_id, LOG, segment_number(name) or 0).directory
+        if directory is not None:
+            found.update(bits >> KIND_SHIFT & 0xFF for bits in directory.words)
+    return found
+
+
+async def test_overwritten_data_gives_its_space_back(disk: ModelDisk) -> None:
+    for _ in range(12):
+        for first in range(0, 600, 20):
+            await disk.write(first, 20)
+        await disk.check()
+    await disk.vdi.flush()
+    await settle(disk)
+    segment_blocks = disk.vdi.disk.writer.segment_blocks
+    assert stored_blocks(disk) <= 600 * SPACE_TIGHT + (TIGHT_SEGMENTS + 8) * segment_blocks
+    assert disk.vdi.keeper.freed > 20
+    await disk.check()
+
+
+async def test_sparse_segments_are_moved_together(disk: ModelDisk) -> None:
+    for _ in range(6):
+        for first in range(0, 1000, 4):
+            await disk.write(first, 1 + disk.dice.randrange(3))
+    await disk.vdi.flush()
+    await settle(disk)
+    assert Kind.MOVE in kinds(disk)
+    await disk.check()
+    live = sum(segment.live for segment in disk.vdi.disk.segments.values())
+    assert live == disk.vdi.disk.live_total == sum(any(disk.expected(block)) for block in range(disk.blocks))
+    await disk.reopen(clean=False)
+    await disk.check()
+    assert disk.vdi.disk.live_total == live
+
+
+@pytest.mark.parametrize("clean", [True, False])
+async def test_collection_goes_on_after_a_restart(disk: ModelDisk, clean: bool) -> None:
+    for _ in range(5):
+        await disk.churn(150)
+        await disk.vdi.flush()
+        await disk.reopen(clean=clean)
+        await disk.check()
+    await settle(disk)
+    assert stored_blocks(disk) <= disk.vdi.disk.live_total * SPACE_TIGHT + 16 * disk.vdi.disk.writer.segment_blocks
+
+
+async def test_a_write_during_the_move_wins(disk: ModelDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients overwrite, trim and reserve blocks between their reading and their moving."""
+    met = 0
+
+    async def read_and_be_overtaken(env, segment, block, count, wanted=None):  # type: ignore[no-untyped-def]
+        nonlocal met
+        found = await read_run(env, segment, block, count, wanted)
+        for _ in range(3):
+            met += 1
+            first = disk.dice.randrange(disk.blocks - 2)
+            choice = disk.dice.randrange(6)
+            if disk.vdi._turn.locked():
+                break
+            if choice == 0:
+                await disk.trim(first, 2)
+            elif choice == 1:
+                await disk.reserve(first, 2)
+            else:
+                disk.model[first * BLOCK_BYTES : (first + 1) * BLOCK_BYTES] = data = disk.dice.randbytes(BLOCK_BYTES)
+                if not disk.vdi.write_now(first * BLOCK_BYTES, memoryview(data)):
+                    await disk.vdi.write(first * BLOCK_BYTES, memoryview(data))
+        return found
+
+    monkeypatch.setattr("objstore.log.collect.read_run", read_and_be_overtaken)
+    for _ in range(10):
+        for _ in range(200):
+            await disk.write(disk.dice.randrange(1000), 3)
+        await disk.check()
+    await disk.vdi.flush()
+    assert met > 50
+    monkeypatch.undo()
+    await disk.check()
+    await disk.reopen(clean=False)
+    await disk.check()
+
+
+async def test_checksums_travel_with_moved_blocks(disk: ModelDisk, expected_warnings: ExpectedWarnings) -> None:
+    """What rots in both zones is not made valid by moving it: its segment stays, and reads go on to fail."""
+    expected_warnings.allow("checksum wrong")
+    expected_warnings.allow("segment can't be collected, blocks damaged in every zone")
+    for first in range(0, 1000, 4):
+        await disk.write(first, 2)
+    await disk.vdi.flush()
+    disk.damage(100)
+    bad, _ = disk.place(100)
+    for _ in range(6):
+        for first in range(104, 1000, 4):
+            await disk.write(first, 2)
+    await disk.vdi.flush()
+    await settle(disk)
+    assert bad in disk.segments
+    for block in (101, 104, 200):
+        assert await disk.read(block) == disk.expected(block)
+    with pytest.raises(Exception, match="no zone has these blocks whole"):
+        await disk.read(100)
+
+
+async def test_a_bad_copy_is_not_moved(disk: ModelDisk, expected_warnings: ExpectedWarnings) -> None:
+    expected_warnings.allow("checksum wrong")
+    for first in range(0, 1000, 4):
+        await disk.write(first, 2)
+    await disk.vdi.flush()
+    for block in range(0, 1000, 4):
+        disk.damage(block, zones=[block // 4 % 2])
+    for _ in range(6):
+        for first in range(500, 1000, 4):
+            await disk.write(first, 2)
+    await disk.vdi.flush()
+    await settle(disk)
+    await disk.check()
+    await disk.reopen(clean=True)
+    await disk.check()
+
+
+async def test_discarded_disks_are_given_back_whole(disk: ModelDisk) -> None:
+    for first in range(0, 1000, 20):
+        await disk.write(first, 20)
+    await disk.vdi.flush()
+    assert stored_blocks(disk) > 1000
+    await disk.trim(0, disk.blocks)
+    await disk.vdi.flush()
+    await settle(disk)
+    assert disk.vdi.disk.live_total == 0
+    assert stored_blocks(disk) <= 4 * disk.vdi.disk.writer.segment_blocks
+    await disk.check()
+
+
+async def test_large_requests_and_collection_at_once(disk: ModelDisk) -> None:
+    """Moves stand between the parts of requests that take several records; both survive a replay."""
+    for turn in range(10):
+        writes = [asyncio.create_task(disk.write(first, 200)) for first in (0, 250, 500, 750)]
+        await asyncio.gather(*writes)
+        for first in range(0, 1000, 10):
+            await disk.write(first + turn % 10)
+    await disk.vdi.flush()
+    await disk.check()
+    await disk.reopen(clean=False)
+    await disk.check()
+
+
+async def test_the_end_of_the_process_at_any_moment_of_collection(disk: ModelDisk) -> None:
+    for turn in range(12):
+        for first in range(0, 1000, 6):
+            await disk.write(first, 3)
+        await disk.vdi.flush()
+        await turns(7 * turn)
+        await disk.reopen(clean=False)
+        await disk.check()
