@@ -14,6 +14,7 @@ from tests.sim.scenario import run_seed
 from tests.sim.world import CRASH_CALLS, PHASES
 
 FAULTS: Final = (
+    "checkpoint-rotten",
     "crash-kill",
     "crash-power",
     "connection-gone",

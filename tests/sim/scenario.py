@@ -23,7 +23,7 @@ import objstore.log.keeper
 import objstore.log.writer
 from objstore.backend.directory import DirectoryBackend
 from objstore.errors import Busy, InvalidRequest, NoSpace, NotFound, NotSupported, Stopping, Unavailable
-from objstore.log.checkpoint import checkpoint_name
+from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
 from objstore.log.collect import Collector
 from objstore.log.keeper import Keeper
 from objstore.log.segment import segment_name
@@ -78,6 +78,8 @@ class Scenario:
         self.store: Store | None = None
         self.open_models: dict[str, Vdi] = {}
         self.windows: dict[str, list[int]] = {}
+        self.logs: dict[str, int] = {}
+        self.rotten: set[str] = set()
         self.names = 0
         self.request_number = 0
         self.recycle = rng.choice((0, 0, 3, 12))
@@ -147,10 +149,30 @@ class Scenario:
         if world.dead:
             self.crashes += 1
             world.bury("kill" if rng.random() < 0.4 else "power")
+            if rng.random() < 0.15:
+                self._rot()
             for model in self.models.values():
                 model.crashed()
         else:
             world.end_process()
+
+    def _rot(self) -> None:
+        """The newest checkpoint of a VDI rots in every zone: the one before it must do."""
+        name = self.rng.choice(sorted(self.models))
+        folder = checkpoint_folder(self.logs.get(name, 0))
+        holders: dict[str, list[int]] = {}
+        for z in range(len(self.world.zones)):
+            for path in self.world.files(z):
+                if path.startswith(folder):
+                    holders.setdefault(path, []).append(z)
+        newest = sorted(holders)[-2:]
+        if len(newest) < 2 or not self.rotten.isdisjoint(newest):
+            return
+        for z in holders[newest[1]]:
+            self.world.zones[z].damage(f"/zone{z}/{newest[1]}", 20)
+        self.rotten.add(newest[1])
+        self.world.faults["checkpoint-rotten"] += 1
+        self.world.note(f"ROTS {newest[1]}")
 
     def _trigger(self) -> Trigger:
         rng = self.rng
@@ -265,6 +287,7 @@ class Scenario:
         for name, model in sorted(self.models.items()):
             if name in names:
                 entry = store.vdi(name)
+                self.logs[name] = entry.log
                 shown = (entry.size_bytes, entry.mode, entry.copies)
                 if shown != (model.size_bytes, model.mode, model.copies):
                     raise Violation(f"VDI {name} came back as {shown}")
@@ -286,6 +309,7 @@ class Scenario:
                 continue
             world.active["create"] -= 1
             model.existence = "yes"
+            self.logs[model.name] = store.vdi(model.name).log
             world.note(f"created {model.name} {model.size_bytes} {model.mode} copies={model.copies}")
             return
 
@@ -450,15 +474,17 @@ class Scenario:
             found = {name for name in self.world.files(z) if not name.startswith(("epoch/", "catalog/", "spare/"))}
             found -= {"superblock", "lock"}
             found = {name for name in found if not name.startswith("log/000000/")}
-            wanted = set()
+            wanted: set[str] = set()
+            needed: set[str] = set()
             for volume in self.open_models.values():
                 disk = volume.disk
-                segments = [*disk.segments.values(), *(segment for segment, _ in disk.dead.values())]
-                segments += disk.writer._prepared
-                wanted |= {segment_name(s.log, s.number) for s in segments if z in s.zones}
+                dead = [segment for segment, _ in disk.dead.values()]
+                needed |= {segment_name(s.log, s.number) for s in disk.segments.values() if z in s.zones}
+                wanted |= {segment_name(s.log, s.number) for s in (*dead, *disk.writer._prepared) if z in s.zones}
                 if z in disk.checkpoint_zones(0):
                     wanted |= {checkpoint_name(disk.log, number) for number in volume.keeper.sizes}
-            missing = {name for name in wanted - found if name.startswith("log/")}
+            missing = needed - found
+            wanted |= needed
             if found - wanted or missing:
                 raise Violation(f"zone {z}: left over {sorted(found - wanted)[:5]}, missing {sorted(missing)[:5]}")
 

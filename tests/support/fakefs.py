@@ -247,6 +247,14 @@ class FakeFileSystem:
         assert isinstance(file, _File), path
         return bytes(file.data).ljust(file.size, b"\0")
 
+    def damage(self, path: str, offset: int) -> None:
+        """A byte of the file rots, on the disk and in the page cache."""
+        file = self._find(path, None)
+        assert isinstance(file, _File), path
+        for content in (file.data, file.disk):
+            if offset < len(content):
+                content[offset] ^= 0xFF
+
     def paths_below(self, path: str) -> list[str]:
         """Every file below a folder, relative to it, sorted. Runs no hook."""
         top = self._find(path, None)
