@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from objstore.errors import Corrupt, StoreError
+from objstore.errors import Corrupt, FormatError, StoreError
 from objstore.format.record import KIND_SHIFT, LBA_MASK, Kind
 from objstore.format.segment import Directory
 from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, key_of
@@ -224,17 +224,18 @@ class Collector:
             disk.forget_live(disk.map.count_dropped(64))
             await asyncio.sleep(0)
         while disk.map.dropped_refs and not self._closed:
-            wanted = disk.map.dropped_refs[-64:]
-            del disk.map.dropped_refs[-64:]
+            # New ones come in behind. These stay listed until they are counted: a checkpoint that begins meanwhile
+            # must know that the counters still have them.
+            wanted = disk.map.dropped_refs[:64]
+            counts: dict[int, int] = {}
             try:
-                pages = await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones)
-            except Corrupt as error:
-                log.warning("live counters stay too high until the disk is opened again: %s", error)
-            else:
-                counts: dict[int, int] = {}
-                for _, _, page in pages:
+                for _, _, page in await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones):
                     tally(decode_region(page), 0, REGION_BLOCKS, counts)
-                disk.forget_live(counts)
+            except (Corrupt, FormatError) as error:
+                log.warning("live counters stay too high: %s", error)
+                counts.clear()
+            del disk.map.dropped_refs[: len(wanted)]
+            disk.forget_live(counts)
 
     # -- moving -------------------------------------------------------------------------------------------------
 

@@ -12,16 +12,18 @@ refer to, are kept.
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from objstore.errors import Corrupt, NoSpace, StoreError
+from objstore.errors import Corrupt, FormatError, NoSpace, StoreError
 from objstore.format.checkpoint import DEAD, LIVE, ROOT, TABLE, CheckpointHeader
 from objstore.log.blockmap import Frozen, PageRef
 from objstore.log.checkpoint import CheckpointWriter, checkpoint_name, load_pages
 from objstore.log.disk import Disk
+from objstore.log.regions import Region, decode_region, tally
 from objstore.log.segment import Segment
+from objstore.units import REGION_BLOCKS
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,14 @@ DEAD_SHARE: Final = 25
 of the live data waits."""
 IDLE_SECONDS: Final = 5.0
 REWRITE_BYTES_MAX: Final = 16 << 20
+COUNTED_AT_ONCE: Final = 64
+
+
+class Uncounted(NamedTuple):
+    """Regions that large discards have dropped and that the live counters still have: in memory, and as pages."""
+
+    regions: list[Region]
+    refs: list[tuple[int, PageRef]]
 
 
 class Keeper:
@@ -148,15 +158,22 @@ class Keeper:
         self.next_number += 1
         live = [segment for segment in disk.segments.values() if segment.number < next_segment]
         dead = [segment for segment, _ in disk.dead.values()]
-        # The counters of this moment: replay of the tail goes on from there.
+        # The counters of this moment: replay of the tail goes on from there. What large discards have dropped by now is
+        # still in them, and nobody will remember after the next opening: it is counted while the pages are written.
+        uncounted = Uncounted(disk.map.dropped.copy(), disk.map.dropped_refs.copy())
         rows = [(segment, segment.live, LIVE) for segment in live]
         rows += [(segment, 0, DEAD) for segment, seen in disk.dead.values() if not seen]
         frozen = disk.map.freeze()
-        self._task = disk.env.loop.create_task(self._write(header, frozen, rows, dead))
+        self._task = disk.env.loop.create_task(self._write(header, frozen, rows, dead, uncounted))
         disk.writer.watch(self._task)
 
     async def _write(
-        self, header: CheckpointHeader, frozen: Frozen, rows: list[tuple[Segment, int, int]], dead: list[Segment]
+        self,
+        header: CheckpointHeader,
+        frozen: Frozen,
+        rows: list[tuple[Segment, int, int]],
+        dead: list[Segment],
+        uncounted: Uncounted,
     ) -> None:
         disk = self.disk
         changed = frozen.regions
@@ -171,9 +188,18 @@ class Keeper:
             pages = {region: ref for region, ref in self.pages.items() if region not in changed}
             moved = await self._rewrite(output, pages)
             pages.update(output.refs)
+            gone = await self._count(uncounted)
             table = np.array(
                 [
-                    (s.number, s.blocks, s.seal_crc, live, sum(1 << z for z in s.zones), s.generation, state)
+                    (
+                        s.number,
+                        s.blocks,
+                        s.seal_crc,
+                        max(0, live - gone.get(s.key, 0)),
+                        sum(1 << z for z in s.zones),
+                        s.generation,
+                        state,
+                    )
                     for s, live, state in rows
                 ],
                 TABLE,
@@ -198,6 +224,23 @@ class Keeper:
         disk.evict()
         if self.on_progress is not None:
             self.on_progress()
+
+    async def _count(self, uncounted: Uncounted) -> dict[int, int]:
+        """Data blocks of dropped regions, by segment key; without those whose pages can't be read."""
+        disk = self.disk
+        counts: dict[int, int] = {}
+        for low in range(0, len(uncounted.regions), COUNTED_AT_ONCE):
+            for value in uncounted.regions[low : low + COUNTED_AT_ONCE]:
+                tally(value, 0, REGION_BLOCKS, counts)
+            await asyncio.sleep(0)
+        for low in range(0, len(uncounted.refs), COUNTED_AT_ONCE):
+            wanted = uncounted.refs[low : low + COUNTED_AT_ONCE]
+            try:
+                for _, _, page in await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones):
+                    tally(decode_region(page), 0, REGION_BLOCKS, counts)
+            except (Corrupt, FormatError) as error:
+                log.warning("live counters stay too high: %s", error)
+        return counts
 
     async def _rewrite(self, output: CheckpointWriter, pages: dict[int, PageRef]) -> dict[int, PageRef]:
         """Take over the pages of old checkpoints that are mostly dead, so that those can go: their former places."""

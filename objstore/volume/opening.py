@@ -175,6 +175,8 @@ async def _replay(disk: Disk, tail: Tail) -> None:
             await replay.add(directory)
         disk.finished.clear()
     await replay.finish()
+    # Dropped regions that were in memory: what was loaded is in `before`, what the replay made was never counted.
+    disk.map.dropped.clear()
     for key, count in before.items():
         segment = env.segments.get(key)
         if segment is not None:

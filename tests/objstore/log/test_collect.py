@@ -195,3 +195,33 @@ async def test_the_end_of_the_process_at_any_moment_of_collection(disk: ModelDis
         await turns(7 * turn)
         await disk.reopen(clean=False)
         await disk.check()
+
+
+@pytest.mark.parametrize("paged_out", [False, True])
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+async def test_a_large_discard_that_was_not_counted_before_the_end(
+    paged_out: bool, clean: bool, checkpoint: bool
+) -> None:
+    world = World(1)
+    await world.open(create=True)
+    try:
+        disk = await ModelDisk(world, blocks=80 * 1024).create(copies=1)
+        for first in range(0, disk.blocks, 1000):
+            await disk.write(first, 3)
+        await disk.vdi.flush()
+        if paged_out:
+            await disk.reopen(clean=True)
+        await disk.write(7, 3)
+        await disk.trim(0, disk.blocks)
+        if checkpoint:
+            await disk.vdi.keeper.checkpoint()
+        await disk.vdi.flush()
+        await disk.reopen(clean=clean)
+        await disk.write(5)
+        await disk.vdi.flush()
+        await settle(disk)
+        assert disk.vdi.disk.live_total == 1
+        assert stored_blocks(disk) <= 4 * disk.vdi.disk.writer.segment_blocks
+    finally:
+        await world.kill()
