@@ -3,6 +3,7 @@
 import asyncio
 import mmap
 import random
+import resource
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -21,8 +22,11 @@ READERS_MAX: Final = 4096
 CRC_SEGMENTS_MAX: Final = 4096
 """Segments whose block CRCs stay in memory (8 KiB each): enough for 32 GiB of data in use."""
 RESERVE_SEGMENTS: Final = 4
-"""Segments' worth of space in every zone that client writes leave free: deletes, trims, checkpoints and collection can
-then always go on and free more."""
+"""Segments' worth of space in every zone that client writes leave free, so that deletes, trims, checkpoints and
+collection can always go on and free more. dirty_bytes_max comes on top: opening after a crash copies what was not yet
+sealed before the old files go, and that is at most what was dirty."""
+DESCRIPTORS_SHARE: Final = 4
+"""Of the descriptors that this process may have, at most one in so many is a segment kept open for reading."""
 
 
 class BufferPool:
@@ -72,9 +76,10 @@ class Env:
         self.dirty_bytes_max = settings.dirty_bytes_max
         self.reserved_bytes: Callable[[int], int] = lambda log: 0
         """Space that the preallocated VDIs other than the one of that log still have a right to, in each zone."""
-        self.reserve_bytes = RESERVE_SEGMENTS * settings.segment_bytes
+        self.reserve_bytes = RESERVE_SEGMENTS * settings.segment_bytes + settings.dirty_bytes_max
         self.bugs: frozenset[str] = frozenset()
-        self.readers_max = READERS_MAX
+        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.readers_max = max(16, min(READERS_MAX, soft_limit // (DESCRIPTORS_SHARE * len(zones))))
         self.map_bytes: Callable[[], int] = lambda: 0
         """Memory of the maps of all open disks."""
         self.bad_copies = 0

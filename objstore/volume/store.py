@@ -109,7 +109,8 @@ class Store:
     def _open_preallocated(self) -> None:
         """Open every preallocated VDI in the background: only then its share of the space is known."""
         for entry in self.catalog.state.vdis.values():
-            if entry.prealloc and not {entry.vdi_id} & (self._open.keys() | self._opening.keys() | self._failed.keys()):
+            known = self._open.keys() | self._opening.keys() | self._failed.keys() | self._deleting
+            if entry.prealloc and entry.vdi_id not in known:
                 self._begin_opening(entry)
 
     def _begin_opening(self, entry: VdiEntry) -> asyncio.Task[Vdi]:
@@ -230,6 +231,13 @@ class Store:
             if vdi.attached:
                 raise Busy(f"VDI {name!r} is attached by {vdi.attached} connections")
         self._deleting.add(entry.vdi_id)
+        # A task of the store's own: whoever asked may go away, and half a deletion must not stay.
+        task = self.env.loop.create_task(self._delete(entry, vdi))
+        self._purging.add(task)
+        task.add_done_callback(self._purging.discard)
+        await asyncio.shield(task)
+
+    async def _delete(self, entry: VdiEntry, vdi: Vdi | None) -> None:
         try:
             await self.catalog.commit(DeleteEntry(vdi_id=entry.vdi_id))
         finally:
@@ -237,7 +245,7 @@ class Store:
         self._failed.pop(entry.vdi_id, None)
         if vdi is not None:
             del self._open[entry.vdi_id]
-            await vdi.abandon(NotFound(f"VDI {name!r} was deleted"))
+            await vdi.abandon(NotFound(f"VDI {entry.name!r} was deleted"))
             for segment in [*vdi.disk.segments.values(), *(segment for segment, _ in vdi.disk.dead.values())]:
                 self.env.segments.pop(segment.key, None)
                 segment.close_handles()

@@ -27,6 +27,8 @@ READ_AHEAD_BYTES_MAX = 8 << 20
 RECLAIMS_MAX = 8
 """Times that one request waits for something to be freed and then meets full zones again. What was freed may have been
 dense segments moved elsewhere, with nothing won."""
+NO_HOLE_BYTES_MAX = 1 << 38
+"""Reserved zeros take 136 bytes of memory for each 4 MiB; only preallocation, which checks the space, may take more."""
 RESERVED_OVERHEAD = 1.06
 """Files over data for whole 1 MiB records: header pages, directory, rounding."""
 
@@ -322,6 +324,8 @@ class Vdi:
     ) -> None:
         """See Volume."""
         self._check(offset_bytes, length_bytes, bounded=False)
+        if no_hole and length_bytes > NO_HOLE_BYTES_MAX and not self.prealloc:
+            raise InvalidRequest(f"at most {NO_HOLE_BYTES_MAX} bytes are reserved at once length={length_bytes}")
         first = offset_bytes + BLOCK_MASK >> BLOCK_SHIFT
         end = offset_bytes + length_bytes
         last = self.disk.blocks if end == self.size_bytes else end >> BLOCK_SHIFT
