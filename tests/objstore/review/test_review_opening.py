@@ -1,6 +1,7 @@
 """Opening after damage, and openings that fail."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.support.stepping import SMALL_SEGMENTS, World, turns
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
-    world = World(1, settings=SMALL_SEGMENTS, capacity_bytes=8 * MIB)
+    world = World(1, settings=replace(SMALL_SEGMENTS, dirty_bytes_max=MIB), capacity_bytes=9 * MIB)
     await world.open(create=True)
     assert world.store is not None
     await world.store.create_vdi("disk", 16 * MIB, mode="writeback-always")
