@@ -229,11 +229,14 @@ class World:
         self.store: Store | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def open(self, *, create: bool = False) -> Store:
-        """A new process opens the store."""
+    async def open(self, *, create: bool = False, fault: Callable[[str, str], None] | None = None) -> Store:
+        """A new process opens the store. fault: that of every zone from the first call on."""
         assert self.store is None
         self._tasks = asyncio.all_tasks()
         self.backends = [WatchedBackend(storage) for storage in self.storages]
+        if fault is not None:
+            for backend in self.backends:
+                backend.fault = fault
         executor = SteppingExecutor()
         try:
             self.store = await open_zones(
