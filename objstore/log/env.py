@@ -77,6 +77,8 @@ class Env:
         self.reserved_bytes: Callable[[int], int] = lambda log: 0
         """Space that the preallocated VDIs other than the one of that log still have a right to, in each zone."""
         self.reserve_bytes = RESERVE_SEGMENTS * settings.segment_bytes + settings.dirty_bytes_max
+        self.spare_blocks = 0
+        """Blocks of freed files that a zone keeps to write again, as far as is known here."""
         self.bugs: frozenset[str] = frozenset()
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.readers_max = max(16, min(READERS_MAX, soft_limit // (DESCRIPTORS_SHARE * len(zones))))

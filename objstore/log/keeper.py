@@ -35,6 +35,10 @@ SEGMENTS_BETWEEN_MAX: Final = 512
 """Segments in the tail: their directories are read at opening, 0.3 ms each."""
 FREES_CHECKED: Final = 2
 """Checkpoints that must follow a segment's death before it is freed."""
+SPARE_SPACE: Final = 1.5
+SPARE_SEGMENTS: Final = 8
+"""A freed file is kept for the next segment as long as files and spares together stay below so much of the live data:
+inside what the limit on space leaves (collect.py)."""
 DEAD_SHARE: Final = 25
 """Dead segments of this part of the live data make a checkpoint due: two follow before they are free, so about a tenth
 of the live data waits."""
@@ -321,9 +325,19 @@ class Keeper:
                 if self.on_progress is not None:
                     self.on_progress()
 
-        env = self.disk.env
+        disk = self.disk
+        env = disk.env
+        segment_blocks = disk.writer.segment_blocks
+        files = disk.total_blocks + disk.dead_blocks + env.spare_blocks + segment.blocks
+        again = (
+            segment.blocks == segment_blocks
+            and files <= disk.live_total * SPARE_SPACE + SPARE_SEGMENTS * segment_blocks
+        )
+        if again:
+            env.spare_blocks += segment.blocks
         for zone in segment.zones:
-            env.executor.submit(zone, env.zones[zone].backend.retire, (segment.name,), gone)
+            backend = env.zones[zone].backend
+            env.executor.submit(zone, backend.retire if again else backend.delete, (segment.name,), gone)
 
     def _delete(self, name: str, zones: tuple[int, ...]) -> None:
         for zone in zones:

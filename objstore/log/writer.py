@@ -439,6 +439,7 @@ class LogWriter:
             )
         await pending
         if not errors:
+            env.spare_blocks = max(0, env.spare_blocks - segment.blocks)
             return segment
         segment.close_handles()
         for zone in zones:

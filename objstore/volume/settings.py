@@ -37,7 +37,7 @@ class StoreSettings:
     dirty_age_seconds: float = 1.0
     segment_bytes: int = 8 * MIB
     map_memory_bytes: int = 64 * MIB
-    recycle_bytes_max: int = 64 * MIB
+    recycle_bytes_max: int = 256 * MIB
 
     def __post_init__(self) -> None:
         for field in fields(self):
