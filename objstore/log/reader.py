@@ -82,7 +82,8 @@ async def read_run(
 ) -> tuple[memoryview, list[int]]:
     """`count` blocks of a segment from its zones: (the data, indices of the blocks that no zone has whole).
 
-    wanted: indices of the data blocks that matter (default: all); header pages in between have no CRC to check. The buffer is this call's own: a thread that still fills it after a cancelled await harms nobody.
+    wanted: indices of the data blocks that matter (default: all); header pages in between have no CRC to check. The
+    buffer is this call's own: a thread that still fills it after a cancelled await harms nobody.
     """
     segment.pins += 1
     try:

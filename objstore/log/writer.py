@@ -13,12 +13,11 @@ Rules kept here (DESIGN.md tells the schedules that break them):
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from crc32c import crc32c
 
@@ -42,6 +41,7 @@ from objstore.format.segment import (
     encode_segment_header,
 )
 from objstore.log.env import Env
+from objstore.log.lane import Lane, Seal, start_jobs
 from objstore.log.segment import Record, Segment
 from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT
@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 
 DIRECTORY_MARGIN_PAGES: Final = 3
 """What one record can add to the directory: at most 330 operations of 16 bytes, 256 CRCs, 165 sources."""
-JOB_BYTES_MAX: Final = 16 << 20
 COPY_OUT_BLOCKS_MAX: Final = 17
 """Records up to 64 KiB of data are copied out of their 1 MiB buffer when they are cut: a write + flush at a time would
 otherwise hold a whole buffer each."""
@@ -70,25 +69,6 @@ def segment_blocks(segment_bytes: int) -> int:
     return min(BLOCKS_MAX, data + max(16, min(DIRECTORY_RESERVE_PAGES, data // 16)))
 
 
-class Seal:
-    """The directory of a finished segment on its way to the zones."""
-
-    __slots__ = ("data", "offset_bytes", "segment", "truncate_bytes", "waiting")
-
-    def __init__(self, segment: Segment, data: bytes, offset_bytes: int, truncate_bytes: int) -> None:
-        self.segment = segment
-        self.data = data
-        self.offset_bytes = offset_bytes
-        self.truncate_bytes = truncate_bytes
-        self.waiting = len(segment.zones)
-
-
-def run_steps(steps: Sequence[tuple[Any, ...]]) -> None:
-    """In a zone's thread: the calls of one job, in order; the first error ends it."""
-    for step in steps:
-        step[0](*step[1:])
-
-
 def prepare_segment(backend: Backend, name: str, size_bytes: int, reserve_bytes: int, header: bytes) -> Handle:
     """In a zone's thread: set aside one segment and make its name and header durable."""
     handle = backend.create(name, size_bytes, reserve_bytes=reserve_bytes)
@@ -99,99 +79,6 @@ def prepare_segment(backend: Backend, name: str, size_bytes: int, reserve_bytes:
         handle.close()
         raise
     return handle
-
-
-class Lane:
-    """One log's way to one zone: at most one job under way; what has gathered meanwhile is the next job.
-
-    queue: records and seals not yet handed over. unsynced: handed over and written, not covered by a sync.
-    """
-
-    def __init__(self, writer: "LogWriter", zone: int) -> None:
-        self.writer = writer
-        self.zone = zone
-        self.queue: deque[Record | Seal] = deque()
-        self.unsynced: list[Record | Seal] = []
-        self.busy = False
-
-    def _owes_sync(self) -> bool:
-        writer = self.writer
-        sync_position = writer.sync_position
-        for item in itertools.chain(self.unsynced, self.queue):
-            if isinstance(item, Record):
-                if item.last_position <= sync_position:
-                    return True
-            elif item.segment.number <= writer.seal_target:
-                return True
-        return False
-
-    def kick(self) -> None:
-        """Start a job if there is something to do and none is under way."""
-        if self.busy or self.writer.error is not None:
-            return
-        sync = self._owes_sync()
-        if not self.queue and not sync:
-            return
-        steps: list[tuple[Any, ...]] = []
-        dirty = {item.segment: None for item in self.unsynced}
-        was_clean = not dirty
-        written: list[Record | Seal] = []
-        synced: list[Record | Seal] = []
-        views: list[memoryview] = []
-        last: Segment | None = None
-        end = size = 0
-        queue = self.queue
-        while queue and size < JOB_BYTES_MAX:
-            item = queue.popleft()
-            segment = item.segment
-            handle = segment.handles[self.zone]
-            if isinstance(item, Record):
-                if segment is last and item.start == end:
-                    views.append(item.view)
-                else:
-                    views = [item.view]
-                    steps.append((handle.write, item.start << BLOCK_SHIFT, views))
-                last = segment
-                end = item.start + item.blocks
-                size += item.blocks << BLOCK_SHIFT
-            else:
-                if segment in dirty:
-                    steps.append((handle.sync,))
-                    synced += [i for i in itertools.chain(self.unsynced, written) if i.segment is segment]
-                steps.append((handle.write, item.offset_bytes, [memoryview(item.data)]))
-                if item.truncate_bytes:
-                    steps.append((handle.truncate, item.truncate_bytes))
-                last = None
-                size += len(item.data)
-            dirty[segment] = None
-            written.append(item)
-        if sync:
-            if was_clean and len(steps) == 1 and last is not None:
-                # Nothing older is unsynced, in this file or another: making just these bytes durable is enough.
-                steps = [(last.handles[self.zone].write_durable, *steps[0][1:])]
-            else:
-                steps += [(segment.handles[self.zone].sync,) for segment in dirty]
-            synced = self.unsynced + written
-        self.busy = True
-        env = self.writer.env
-        env.executor.submit(self.zone, run_steps, (steps,), lambda _, error: self._finished(written, synced, error))
-
-    def _finished(self, written: list[Record | Seal], synced: list[Record | Seal], error: BaseException | None) -> None:
-        self.busy = False
-        if error is not None:
-            self.unsynced += written
-            self.writer.zone_failed(self.zone, error)
-            self.writer.lane_idle()
-            return
-        if synced:
-            done = set(map(id, synced))
-            self.unsynced = [item for item in itertools.chain(self.unsynced, written) if id(item) not in done]
-            self.writer.synced(synced)
-        else:
-            self.unsynced += written
-        self.kick()
-        if not self.busy:
-            self.writer.lane_idle()
 
 
 class SegmentObserver(Protocol):
@@ -616,8 +503,7 @@ class LogWriter:
             self.sync_position = self.position
         for zone in segment.zones:
             self._lanes[zone].queue.append(record)
-        for lane in self._lanes.values():
-            lane.kick()
+        start_jobs(self._lanes.values())
 
     def _roll(self) -> None:
         """The open segment is finished; the next prepared one takes its place."""
@@ -658,9 +544,8 @@ class LogWriter:
         segment.sealed = True
         segment.seal_crc = crc
         for zone in segment.zones:
-            lane = self._lanes[zone]
-            lane.queue.append(seal)
-            lane.kick()
+            self._lanes[zone].queue.append(seal)
+        start_jobs(self._lanes.values())
         if self.observer is not None:
             self.observer.segment_finished(segment, blocks_before, directory.finish(crc))
 
@@ -677,8 +562,7 @@ class LogWriter:
         if self.durable_upto < self.position:
             self.sync_position = self.position
             self.cut()
-            for lane in self._lanes.values():
-                lane.kick()
+            start_jobs(self._lanes.values())
 
     async def flush(self, position: int | None = None) -> None:
         """Return when everything up to `position` (default: appended before this call) is durable on every zone that
@@ -704,8 +588,7 @@ class LogWriter:
             self._flush_waiters.insert(at, (position, waiter))
         else:
             self._flush_waiters.append((position, waiter))
-        for lane in self._lanes.values():
-            lane.kick()
+        start_jobs(self._lanes.values())
         await waiter
 
     def synced(self, items: Sequence[Record | Seal]) -> None:
@@ -783,8 +666,7 @@ class LogWriter:
         self.seal_target = max(self.seal_target, number - 1)
         waiter: asyncio.Future[None] = self.env.loop.create_future()
         self._seal_waiters.append((number, waiter))
-        for lane in self._lanes.values():
-            lane.kick()
+        start_jobs(self._lanes.values())
         await waiter
 
     @property

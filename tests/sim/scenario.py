@@ -20,7 +20,7 @@ import objstore.log.collect
 import objstore.log.disk
 import objstore.log.env
 import objstore.log.keeper
-import objstore.log.writer
+import objstore.log.lane
 from objstore.backend.directory import DirectoryBackend
 from objstore.errors import Busy, InvalidRequest, NoSpace, NotFound, NotSupported, Stopping, Unavailable
 from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
@@ -676,7 +676,7 @@ def instrumented(world: World, rng: random.Random) -> Iterator[None]:
         (objstore.log.keeper, "REWRITE_BYTES_MAX", rng.choice((1, 20000, 1 << 24))),
         (objstore.log.collect, "SLACK_SEGMENTS", rng.choice((0, 2, 5))),
         (objstore.log.collect, "TIGHT_SEGMENTS", rng.choice((6, 8))),
-        (objstore.log.writer, "JOB_BYTES_MAX", rng.choice((1, 1 << 17, 1 << 24))),
+        (objstore.log.lane, "JOB_BYTES_MAX", rng.choice((1, 1 << 17, 1 << 24))),
         (objstore.log.env, "READERS_MAX", rng.choice((2, 8, 4096))),
         (objstore.log.env, "CRC_SEGMENTS_MAX", rng.choice((0, 3, 4096))),
         (objstore.log.disk, "EVICT_AT_ONCE", rng.choice((1, 64))),
