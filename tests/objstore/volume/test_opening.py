@@ -62,12 +62,20 @@ async def test_the_checkpoint_before_serves_when_the_newest_is_lost(disk: ModelD
 
 
 async def test_no_older_checkpoint_than_the_one_before_is_believed(disk: ModelDisk) -> None:
+    await disk.churn(50)
+    await disk.vdi.keeper.checkpoint()
+    oldest = disk.checkpoints[-1]
+    kept = [bytearray(storage.objects[oldest]) for storage in disk.world.storages]
     for _ in range(3):
         await disk.churn(250)
         await disk.vdi.keeper.checkpoint()
     await disk.world.stop()
     for name in disk.checkpoints[-2:]:
         disk.world.damage(name, 20)
+    for storage, data in zip(disk.world.storages, kept, strict=True):
+        for name in disk.checkpoints[:-2]:
+            storage.objects.pop(name, None)
+        storage.objects[oldest] = data
     await disk.world.open()
     with pytest.raises(Corrupt, match="no checkpoint can be read"):
         await disk.open()

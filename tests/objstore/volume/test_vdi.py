@@ -131,6 +131,10 @@ async def test_partial_writes_where_the_base_has_to_be_waited_for(world: World) 
     await disk.write(0, 10)
     await disk.vdi.flush()
     await disk.reopen(clean=True)
+    await disk.vdi.extents(0, len(disk.model))  # brings the map into memory
+    await disk.write(900)
+    await turns()
+    disk.vdi.disk.segments[0].close_handles()
     executor = executor_of(disk.vdi.disk.env)
     executor.hold(0, 1)
     parts = [asyncio.create_task(disk.vdi.write(100 * i, memoryview(bytes([i]) * 50))) for i in range(1, 5)]
