@@ -36,6 +36,8 @@ class Handle(ABC):
 
     name: str
     size_bytes: int
+    recycled: bool = False
+    """The file was written before (`Backend.retire`): writing it again allocates nothing."""
 
     @abstractmethod
     def write(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:

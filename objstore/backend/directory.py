@@ -270,7 +270,9 @@ class DirectoryBackend(Backend):
                 elif source is not None:
                     self._unlink_leftover(source)
                 raise
-            return FileHandle(self._fs, self._able, self.path, name, fd, size_bytes)
+            handle = FileHandle(self._fs, self._able, self.path, name, fd, size_bytes)
+            handle.recycled = spare is not None
+            return handle
 
     def _open_tmp(self) -> tuple[str, int]:
         """A new file under a temporary name. That name need not survive anything."""

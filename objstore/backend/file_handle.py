@@ -52,6 +52,7 @@ class FileHandle(Handle):
         "_resized",
         "_zone",
         "name",
+        "recycled",
         "size_bytes",
     )
 
@@ -68,6 +69,7 @@ class FileHandle(Handle):
         self._direct_fd = -1
         self._resized = False
         self._broken: str | None = None
+        self.recycled = False
 
     # writing
 

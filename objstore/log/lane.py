@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from objstore.errors import StoreError
 from objstore.log.env import Env
 from objstore.log.segment import Record, Segment
+from objstore.replica.zone import Call, Executor
 from objstore.units import BLOCK_SHIFT
 
 JOB_BYTES_MAX: Final = 16 << 20
@@ -150,20 +151,26 @@ def start_jobs(lanes: Iterable[Lane]) -> None:
     One thread for all zones on one file system was tried for small synced jobs: 750 us for a write + flush against 440,
     because syncs that wait together share a journal commit and syncs one after the other do not.
     """
-    for lane in lanes:
-        job = lane.take_job()
-        if job is not None:
-            _start(lane, job)
+    calls = [call for lane in lanes if (call := _call_of(lane)) is not None]
+    if len(calls) == 1:
+        calls[0][0].submit(*calls[0][1])
+    elif calls:
+        calls[0][0].submit_together([call for _, call in calls])
 
 
-def _start(lane: Lane, job: Job) -> None:
+def _call_of(lane: Lane) -> tuple[Executor, Call] | None:
+    """The lane's next job as a call for its zone."""
+    job = lane.take_job()
+    if job is None:
+        return None
+
     def done(_: object, error: BaseException | None) -> None:
         lane.finished(job, error)
         start_jobs((lane,))
         if not lane.busy:
             lane.writer.lane_idle()
 
-    lane.writer.env.executor.submit(lane.zone, run_steps, (job.steps,), done)
+    return lane.writer.env.executor, Call(lane.zone, run_steps, (job.steps,), done)
 
 
 def run_steps(steps: Sequence[Step]) -> None:

@@ -57,6 +57,8 @@ PREPARED_MAX: Final = 6
 PREPARED_AT_ONCE: Final = 2
 """Segments set aside ahead of a busy log: one more each time a write had to wait for one, one less each time the log
 was idle. Making one takes a journal commit for its name, about as long as filling it at full speed."""
+SMALL_RECORD_BLOCKS: Final = 24
+ZEROS: Final = memoryview(bytes(1 << 20))
 FULL_GAP_SHARE: Final = 32
 """A segment whose unused end is at most this part of it keeps its size: its file can then be used again as it is."""
 SPLIT_BLOCKS_MIN: Final = 64
@@ -69,11 +71,19 @@ def segment_blocks(segment_bytes: int) -> int:
     return min(BLOCKS_MAX, data + max(16, min(DIRECTORY_RESERVE_PAGES, data // 16)))
 
 
-def prepare_segment(backend: Backend, name: str, size_bytes: int, reserve_bytes: int, header: bytes) -> Handle:
-    """In a zone's thread: set aside one segment and make its name and header durable."""
+def prepare_segment(
+    backend: Backend, name: str, size_bytes: int, reserve_bytes: int, header: bytes, *, ahead: bool
+) -> Handle:
+    """In a zone's thread: set aside one segment and make its name and header durable.
+
+    ahead: also write the file once if it is a new one, so that later syncs have no allocation to commit.
+    """
     handle = backend.create(name, size_bytes, reserve_bytes=reserve_bytes)
     try:
         handle.write(0, [memoryview(header)])
+        if ahead and not handle.recycled:
+            for offset in range(len(header), size_bytes, len(ZEROS)):
+                handle.write(offset, [ZEROS[: size_bytes - offset]])
         handle.sync()
     except StoreError:
         handle.close()
@@ -162,6 +172,8 @@ class LogWriter:
         self._starts: list[int] = []
         self._crcs: list[int] = []
         self._sources: list[int] = []
+        self._write_ahead = False
+        """The last segment was made of small records: flushes come often, and new files are written once beforehand."""
         self._age_timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._disowned = False
@@ -320,7 +332,7 @@ class LogWriter:
         for zone in zones:
             env.executor.submit(
                 zone,
-                prepare_segment,
+                functools.partial(prepare_segment, ahead=self._write_ahead),
                 (env.zones[zone].backend, segment.name, segment.file_bytes, reserve_bytes, header),
                 functools.partial(done, zone),
             )
@@ -530,6 +542,7 @@ class LogWriter:
         segment, directory = self.segment, self._directory
         if segment is None or directory is None or not directory.record_crcs:
             return
+        self._write_ahead = self._body_end < SMALL_RECORD_BLOCKS * len(directory.record_crcs)
         self.segment = self._directory = None
         data, crc = directory.encode(self.env.store_id)
         pages = len(data) // BLOCK_BYTES

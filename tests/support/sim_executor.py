@@ -6,9 +6,10 @@ order wait for the completion.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from objstore.replica.zone import Call
 from tests.support.sim_loop import SimLoop
 
 FAST_SECONDS = 20e-6
@@ -42,6 +43,10 @@ class SimExecutor:
             raise RuntimeError("the executor is closed")
         self.outstanding += 1
         self._loop.call_later(self._delay(zone), self._run, zone, function, args, done)
+
+    def submit_together(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            self.submit(*call)
 
     def _delay(self, zone: int) -> float:
         chance = self._rng.random()

@@ -13,7 +13,7 @@ from typing import Any
 from objstore.backend.base import Handle, ZoneFailed
 from objstore.backend.memory import MemoryBackend, MemoryHandle, MemoryStorage
 from objstore.log.env import Env
-from objstore.replica.zone import Zone
+from objstore.replica.zone import Call, Zone
 from objstore.units import KIB
 from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_zones
@@ -60,6 +60,10 @@ class SteppingExecutor:
             raise RuntimeError("the executor is closed")
         self._queues.setdefault(zone, deque()).append((function, args, done))
         self._schedule(zone)
+
+    def submit_together(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            self.submit(*call)
 
     def _schedule(self, zone: int) -> None:
         if zone not in self._held and zone not in self._scheduled and self._queues.get(zone):
