@@ -59,7 +59,7 @@ class Flag(IntEnum):
 
 
 class RecordHeader(NamedTuple):
-    """A decoded header. `words`, `counts`: one per operation; `crcs`: one per data block; `sources`: one per moved block."""
+    """A decoded header. words, counts: one per operation; crcs: one per data block; sources: one per moved block."""
 
     log: int
     segment: int

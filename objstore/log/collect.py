@@ -11,6 +11,7 @@ Live counters only choose victims: a segment is dead when its directory shows no
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from array import array
 from typing import Final
@@ -323,7 +324,7 @@ class Collector:
         targets: list[int] = []
         disk.moving = True
         try:
-            for low, high in zip(heads, heads[1:], strict=False):
+            for low, high in itertools.pairwise(heads):
                 run_blocks = blocks[low:high].tolist()
                 joined = b"".join(
                     [data[(b - first) << BLOCK_SHIFT : (b - first + 1) << BLOCK_SHIFT] for b in run_blocks]
@@ -370,7 +371,7 @@ def still_mapped(disk: Disk, lbas: U64, entries: U64) -> npt.NDArray[np.bool_]:
     order = np.argsort(lbas, kind="stable")
     region_of = (lbas[order] >> np.uint64(REGION_SHIFT)).astype(np.int64)
     heads = [0, *(np.flatnonzero(region_of[1:] != region_of[:-1]) + 1).tolist(), len(order)]
-    for low, high in zip(heads, heads[1:], strict=False):
+    for low, high in itertools.pairwise(heads):
         if low == high:
             continue
         value = disk.map.regions.get(int(region_of[low]))

@@ -1,4 +1,4 @@
-"""Opening a log: find what survived, never edit it, copy the unsealed end into new segments. FORMAT.md, "Opening a log".
+"""Opening a log: find what survived, never edit it, copy the unsealed end. FORMAT.md, "Opening a log".
 
     1. the sealed segments of the tail, in order, while the chain of records holds: kept as they are
     2. from the first unsealed one on: every whole record, from whichever zone has it

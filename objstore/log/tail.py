@@ -197,7 +197,7 @@ def durable_claim(images: Sequence[bytes], *, store_id: bytes, log: int, number:
 
 
 def data_spans(header: RecordHeader) -> Iterator[tuple[int, int, int, array[int], array[int]]]:
-    """For each operation of a record: (word, count, first data block within the record's data, its CRCs, its sources)."""
+    """For each operation of a record: (word, count, first data block in the record's data, CRCs, sources)."""
     at = source_at = 0
     for bits, count in zip(header.words, header.counts, strict=True):
         kind = bits >> KIND_SHIFT & 0xFF

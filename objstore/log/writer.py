@@ -359,7 +359,7 @@ class LogWriter:
     # -- appending ----------------------------------------------------------------------------------------------
 
     def append_block(self, lba: int, data: memoryview) -> int:
-        """One whole block written: the hot path of `append`. `room(1)` was asked in this loop turn. Returns its entry."""
+        """One whole block: the hot path of `append`. `room(1)` was asked in this loop turn. Returns its entry."""
         if self._data >= self._limit or self._table_bytes > TABLE_BYTES_MAX - OP_BYTES - CRC_BYTES:
             self._next_record(1)
         record = self._record
@@ -741,7 +741,7 @@ class LogWriter:
             self.observer.log_failed()
 
     async def close(self) -> None:
-        """Stop preparing; drop prepared segments that hold nothing. The caller flushed and sealed what it wants kept."""
+        """Stop preparing; drop prepared segments that hold nothing. The caller flushed and sealed what it wants."""
         self._closed = True
         if self._age_timer is not None:
             self._age_timer.cancel()

@@ -227,9 +227,8 @@ class Store:
             await asyncio.wait([self._opening[entry.vdi_id]])
             entry = self._entry(name)  # somebody else may have deleted it meanwhile
         vdi = self._open.get(entry.vdi_id)
-        if vdi is not None:
-            if vdi.attached:
-                raise Busy(f"VDI {name!r} is attached by {vdi.attached} connections")
+        if vdi is not None and vdi.attached:
+            raise Busy(f"VDI {name!r} is attached by {vdi.attached} connections")
         self._deleting.add(entry.vdi_id)
         # A task of the store's own: whoever asked may go away, and half a deletion must not stay.
         task = self.env.loop.create_task(self._delete(entry, vdi))
@@ -504,8 +503,7 @@ async def open_store(
                 os.makedirs(path, exist_ok=True)
             except OSError as error:
                 raise InvalidRequest(f"{path} can't be made a zone: {error.strerror}") from error
-        if not os.path.isdir(path):
-            raise NotFound(f"{path} is no directory")
+        _check_directory(path)
     try:
         for path in names:
             backends.append((DirectoryBackend(path, recycle_files_max=spares), path))
@@ -516,11 +514,15 @@ async def open_store(
         raise
 
 
+def _check_directory(path: str) -> None:
+    if not os.path.isdir(path):
+        raise NotFound(f"{path} is no directory")
+
+
 def zone_paths(zone: Path | str) -> list[Path]:
     """The directories of all zones of the store that this one belongs to. NotFound: it belongs to none."""
     path = absolute(zone)
-    if not os.path.isdir(path):
-        raise NotFound(f"{path} is no directory")
+    _check_directory(path)
     backend = DirectoryBackend(path)
     try:
         block = read_superblock(backend, path)
@@ -534,8 +536,7 @@ def zone_paths(zone: Path | str) -> list[Path]:
 def lock_note(zone: Path | str) -> str | None:
     """The note of the process that has this zone's store open; None if nobody has. NotFound: no such directory."""
     path = absolute(zone)
-    if not os.path.isdir(path):
-        raise NotFound(f"{path} is no directory")
+    _check_directory(path)
     backend = DirectoryBackend(path)
     try:
         return backend.lock_note()

@@ -32,6 +32,11 @@ async def opened(store: Store) -> Vdi:
     return vdi
 
 
+async def write_on(vdi: Vdi, length_bytes: int) -> None:
+    while True:
+        await vdi.write(0, memoryview(b"y" * length_bytes), fua=True)
+
+
 def broken(*_args: object) -> None:
     raise RuntimeError("a bug")
 
@@ -58,8 +63,7 @@ async def test_collection(store: Store, monkeypatch: pytest.MonkeyPatch, expecte
     monkeypatch.setattr(Collector, "_victims", broken)
     vdi.collector.poke()
     with pytest.raises(Unavailable):
-        while True:
-            await vdi.write(0, memoryview(b"y" * 4096), fua=True)
+        await write_on(vdi, 4096)
 
 
 async def test_preparing(store: Store, monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings) -> None:
@@ -67,5 +71,4 @@ async def test_preparing(store: Store, monkeypatch: pytest.MonkeyPatch, expected
     vdi = await opened(store)
     monkeypatch.setattr(LogWriter, "_prepare_one", broken)
     with pytest.raises(Unavailable):
-        while True:
-            await vdi.write(0, memoryview(bytes(MIB)), fua=True)
+        await write_on(vdi, MIB)
