@@ -32,7 +32,7 @@ from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.store import Store, open_zones
 from objstore.volume.vdi import Vdi
 from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Request, Violation, stamped
-from tests.sim.world import CRASH_CALLS, PHASES, Failing, Trigger, World
+from tests.sim.world import CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
 from tests.support.sim_loop import SimClock, SimLoop, SimStopped
 
 OPERATIONS: Final = 320
@@ -80,6 +80,7 @@ class Scenario:
         self.windows: dict[str, list[int]] = {}
         self.logs: dict[str, int] = {}
         self.rotten: set[str] = set()
+        self.after_kill = False
         self.names = 0
         self.request_number = 0
         self.recycle = rng.choice((0, 0, 3, 12))
@@ -131,10 +132,18 @@ class Scenario:
         if end is None:
             end = "stop" if rng.random() < 0.2 else "crash"
         world.trigger = None if last or (end == "stop" and rng.random() < 0.7) else self._trigger()
+        mode = "kill" if rng.random() < 0.4 else "power"
+        if self.after_kill and not last and rng.random() < 0.4:
+            # What a killed process left in the page cache was taken for good; the power fails soon after.
+            end, mode = "crash", "power"
+            world.trigger = Trigger(
+                rng.choice(("verify", "serving", "serving", "collection")), "step", rng.randrange(300)
+            )
         slow = [rng.choice((30e-6, 300e-6, 3e-3)) for _ in world.zones]
         loop = world.start_process(slow, self.now)
-        if not last and rng.random() < 0.06:
-            world.failing = Failing(rng.randrange(len(world.zones)), rng.randrange(300), rng.random() < 0.5)
+        if not last and rng.random() < 0.08:
+            call = rng.choice(FAILING_CALLS)
+            world.failing = Failing(rng.randrange(len(world.zones)), call, rng.randrange(1, 80), rng.random() < 0.5)
         world.note(f"LIFE end={end} trigger={world.trigger} failing={world.failing}")
         try:
             loop.run_until_complete(self._main(loop, end, last))
@@ -146,9 +155,10 @@ class Scenario:
         self.now = loop.now + 1.0
         self.store = None
         self.open_models.clear()
+        self.after_kill = world.dead and mode == "kill"
         if world.dead:
             self.crashes += 1
-            world.bury("kill" if rng.random() < 0.4 else "power")
+            world.bury(mode)
             if rng.random() < 0.15:
                 self._rot()
             for model in self.models.values():

@@ -52,15 +52,16 @@ class Trigger:
 
 @dataclass
 class Failing:
-    """A zone that begins to fail: after `calls` more writes and syncs while clients are served, one of them answers
-    EIO, or (lasting) all."""
+    """A zone that begins to fail: after `count` more calls of that name while clients are served, one of them answers
+    EIO, or (lasting) all writes and syncs."""
 
     zone: int
-    calls: int
+    call: str
+    count: int
     lasting: bool
 
 
-FAILING_CALLS: Final = frozenset({"pwritev", "fdatasync", "fsync"})
+FAILING_CALLS: Final = ("pwritev", "fdatasync", "fsync")
 
 
 class World:
@@ -183,10 +184,11 @@ class World:
     def _maybe_fail(self, zone: int, name: str) -> None:
         failing = self.failing
         assert failing is not None
-        if failing.zone != zone or name not in FAILING_CALLS or self.phase != "serving":
+        if failing.zone != zone or self.phase != "serving":
             return
-        failing.calls -= 1
-        if failing.calls <= 0:
+        if name == failing.call:
+            failing.count -= 1
+        if failing.count <= 0 and (name == failing.call or (failing.lasting and name in FAILING_CALLS)):
             self.note(f"EIO zone {zone} {name}")
             self.faults[f"eio-{name}"] += 1
             self.zone_failed = True
