@@ -37,10 +37,6 @@ TABLE: Final = np.dtype(
 )
 LIVE: Final = 0
 DEAD: Final = 1
-"""State of a segment in the table. DEAD: no block of it is in the map any more, but the tail of the checkpoint before
-needs it; it may be freed after the next checkpoint.
-
-zones: bit i = the zone with number i in the store (FORMAT.md, "Zone numbers"). live: blocks, a hint."""
 
 assert FOOTER.size == FOOTER_BYTES
 assert ROOT.itemsize == 24
