@@ -118,7 +118,7 @@ class Env:
         for _ in range(len(self.crc_cache) - CRC_SEGMENTS_MAX):
             segment = self.crc_cache.popleft()
             if segment.memory is None:
-                segment.crcs = None
+                segment.crcs = segment.beginnings = None
             else:
                 self.crc_cache.append(segment)
 

@@ -53,12 +53,14 @@ class Segment:
 
     live: blocks that the map of its log points at (a hint: see collect.py).
     memory: for a segment with undurable records, per block the Record that has it in memory; else None.
-    crcs: CRC of each block, None while its directory has not been read.
+    crcs: CRC of each block, None while its directory has not been read. beginnings: see crcs.py; made of crcs at the
+    first long read.
     handles: zone index -> open handle. `reader`: the handle that reads go to, None until one is open.
     pins: reads and copies under way outside the loop; the file may not be freed meanwhile.
     """
 
     __slots__ = (
+        "beginnings",
         "blocks",
         "crcs",
         "generation",
@@ -87,6 +89,7 @@ class Segment:
         self.sealed = False
         self.seal_crc = 0
         self.crcs: array[int] | None = None
+        self.beginnings: array[int] | None = None
         self.memory: list[Record | None] | None = None
         self.handles: dict[int, Handle] = {}
         self.reader: Handle | None = None
