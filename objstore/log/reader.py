@@ -83,17 +83,23 @@ def verified(data: memoryview, crcs: array[int], block: int, count: int) -> bool
 
 
 async def read_run(
-    env: Env, segment: Segment, block: int, count: int, wanted: Sequence[int] | None = None
+    env: Env,
+    segment: Segment,
+    block: int,
+    count: int,
+    wanted: Sequence[int] | None = None,
+    buffer: memoryview | None = None,
 ) -> tuple[memoryview, list[int]]:
     """`count` blocks of a segment from its zones: (the data, indices of the blocks that no zone has whole).
 
-    wanted: indices of the data blocks that matter (default: all); header pages in between have no CRC to check. The
-    buffer is this call's own: a thread that still fills it after a cancelled await harms nobody.
+    wanted: indices of the data blocks that matter (default: all); header pages in between have no CRC to check.
+    buffer: where to read to, from a caller that is never cancelled while it awaits this; by default a buffer of this
+    call's own, so that a thread that still fills it after a cancelled await harms nobody.
     """
     segment.pins += 1
     try:
         crcs = segment.crcs if segment.crcs is not None else await load_crcs(env, segment)
-        data = memoryview(bytearray(count << BLOCK_SHIFT))
+        data = memoryview(bytearray(count << BLOCK_SHIFT)) if buffer is None else buffer[: count << BLOCK_SHIFT]
         bad = list(range(count) if wanted is None else wanted)
         all_wanted = len(bad)
         first = segment.number % len(segment.zones)

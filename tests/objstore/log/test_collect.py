@@ -91,9 +91,9 @@ async def test_a_write_during_the_move_wins(disk: ModelDisk, monkeypatch: pytest
     """Clients overwrite, trim and reserve blocks between their reading and their moving."""
     met = 0
 
-    async def read_and_be_overtaken(env, segment, block, count, wanted=None):  # type: ignore[no-untyped-def]
+    async def read_and_be_overtaken(*arguments):  # type: ignore[no-untyped-def]
         nonlocal met
-        found = await read_run(env, segment, block, count, wanted)
+        found = await read_run(*arguments)
         for _ in range(3):
             met += 1
             first = disk.dice.randrange(disk.blocks - 2)
