@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TextIO
 
-from tests.sim.scenario import run_seed
+from tests.sim.scenario import FAILING_SHARE, run_seed
 from tests.sim.world import CRASH_CALLS, PHASES
 
 FAULTS: Final = (
@@ -89,10 +89,10 @@ def command(seed: int) -> str:
     return f"python -m tests.sim --start {seed} --seeds 1 --trace"
 
 
-def run_one(seed: int, bugs: frozenset[str] = frozenset(), trace: Callable[[str], None] | None = None) -> Result:
+def run_one(seed: int, *, trace: Callable[[str], None] | None = None, failing_share: float = FAILING_SHARE) -> Result:
     """One seed in this process; never raises what the seed found."""
     try:
-        outcome = run_seed(seed, trace=trace, bugs=bugs)
+        outcome = run_seed(seed, trace=trace, failing_share=failing_share)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a seed raises is its finding

@@ -1,0 +1,65 @@
+"""The crash simulation as tests: many seeds without a violation, the same seed twice, every deliberate bug caught.
+
+SIM_SEEDS sets how many seeds; SIM_START the first one.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.sim.bugs import BUGS, deliberate
+from tests.sim.runner import Result, command, run_many, run_one
+from tests.sim.scenario import FAILING_SHARE
+
+SEEDS_IN_CI = 2000
+SEEDS_HERE = 100
+BUG_SEEDS_MAX = 400
+FAILING_SHARES = {"sync-error-forgotten": 0.7}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """No seed finds a violation, and together they crash in every phase."""
+    seeds = int(os.environ.get("SIM_SEEDS") or (SEEDS_IN_CI if os.environ.get("CI") else SEEDS_HERE))
+    start = int(os.environ.get("SIM_START") or 0)
+    totals = run_many(range(start, start + seeds), os.cpu_count() or 1)
+    with capsys.disabled():
+        print()
+        totals.report(sys.stdout)
+    assert not totals.failures, "\n".join(f"{command(result.seed)}\n{result.failure}" for result in totals.failures)
+    assert not totals.never_met()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("bug", BUGS)
+def test_deliberate_bug_is_caught(bug: str) -> None:
+    share = FAILING_SHARES.get(bug, FAILING_SHARE)
+    with deliberate(bug):
+        for seed in range(BUG_SEEDS_MAX):
+            result = run_one(seed, failing_share=share)
+            if result.failure:
+                return
+    pytest.fail(f"{BUG_SEEDS_MAX} seeds with {bug}, and none failed")
+
+
+def _digest(seed: int, hash_seed: str) -> str:
+    code = f"from tests.sim.runner import run_one; r = run_one({seed}); print(r.failure or f'{{r.digest:08x}}')"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_one_seed_one_schedule(seed: int) -> None:
+    """Also in processes that hash strings differently."""
+    assert _digest(seed, "1") == _digest(seed, "2")
+
+
+def test_few_seeds() -> None:
+    """A handful with every run of the tests; the rest are `slow`."""
+    failures: list[Result] = [result for seed in range(6) if (result := run_one(seed)).failure]
+    assert not failures, "\n".join(f"{command(result.seed)}\n{result.failure}" for result in failures)
