@@ -106,7 +106,7 @@ class World:
         self.loop.on_step = self._step
         self.executor = SimExecutor(self.loop, random.Random(self.rng.getrandbits(64)), slow_seconds)
         if self.trace is not None:
-            self.executor.on_job = lambda zone, function: self.note(f"  zone {zone} runs {function.__name__}")
+            self.executor.on_job = lambda zone, function: self.note(f"  zone {zone} runs {_name(function)}")
         return self.loop
 
     def phases(self) -> list[str]:
@@ -209,6 +209,10 @@ class World:
     def files(self, zone: int) -> set[str]:
         """Every file of a zone."""
         return set(self.zones[zone].paths_below(f"/zone{zone}"))
+
+
+def _name(function: Any) -> str:
+    return str(getattr(getattr(function, "func", function), "__name__", function))
 
 
 def _path(fs: FakeFileSystem, fd: int) -> str:
