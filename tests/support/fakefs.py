@@ -7,7 +7,7 @@ of its unsynced changes. Folders likewise: names as seen, names as durable, and 
 - pwritev with RWF_DSYNC: the sectors it touches and the size it needs are durable, nothing else.
 - fsync(folder): the name changes in that folder are durable, with the earlier ones that they build on. A new folder's
   own name lies in the folder above and is not.
-- failed fsync/fdatasync (the hook raised OSError): some of the changes reached the disk; all of them count as clean.
+- failed fsync/fdatasync (the hook raised OSError): some of the writes reached the disk; all of them count as clean.
   The page cache shows them, later syncs skip them, O_DIRECT and POSIX_FADV_DONTNEED tell the truth.
 - crash("kill"): descriptors and locks are gone, nothing else.
 - crash("power"): each 512-byte sector holds some version between durable and seen; sizes and names stop anywhere that
@@ -103,10 +103,13 @@ class _File:
             self.disk_size = size
         self.changes.clear()
 
-    def settle(self, rng: random.Random) -> None:
-        """A power cut as far as the disk is concerned: some of the changes make it, the others never will."""
+    def settle(self, rng: random.Random, *, sizes_kept: bool = False) -> None:
+        """A power cut as far as the disk is concerned: some of the changes make it, the others never will.
+
+        sizes_kept: ftruncate and fallocate all make it (the journal carries them, whatever became of the data).
+        """
         if self.changes:
-            self.disk, self.disk_size = _some_of(self.disk, self.disk_size, self.changes, rng)
+            self.disk, self.disk_size = _some_of(self.disk, self.disk_size, self.changes, rng, sizes_kept)
             self.changes.clear()
 
 
@@ -553,7 +556,7 @@ class FakeFileSystem:
             node = self._description(fd).node
             if isinstance(node, _File):
                 node.lost = True
-                node.settle(self.rng)
+                node.settle(self.rng, sizes_kept=True)
             raise
         node = self._description(fd).node
         if isinstance(node, _File):
@@ -706,14 +709,18 @@ def _some_in_order(changes: Sequence[_NameChange], rng: random.Random) -> list[_
     return kept
 
 
-def _some_of(disk: bytearray, disk_size: int, changes: Sequence[_Change], rng: random.Random) -> tuple[bytearray, int]:
+def _some_of(
+    disk: bytearray, disk_size: int, changes: Sequence[_Change], rng: random.Random, sizes_kept: bool
+) -> tuple[bytearray, int]:
     """Content and size of a file after a power cut.
 
     A sector is written out as it stood at some moment, so it stops at one of the writes that touched it and holds all
     the earlier ones too. Size changes are kept up to one of them, in order.
     """
     mode = rng.choice(("none", "all", "writes", "torn", "torn"))
-    forced = max((index for index, change in enumerate(changes) if change[4]), default=-1)
+    forced = max(
+        (index for index, change in enumerate(changes) if change[4] or (sizes_kept and change[0] == _SIZE)), default=-1
+    )
     last_size = {"none": -1, "all": len(changes) - 1}.get(mode, rng.randrange(-1, len(changes)))
     last_size = max(last_size, forced)
     version: dict[int, int] = {}
