@@ -162,6 +162,10 @@ class Scenario:
             world.bury(mode)
             if rng.random() < 0.15:
                 self._rot()
+            if self.tight and rng.random() < 0.2:
+                # Somebody else's files take what room there was.
+                for fs in world.zones:
+                    fs.capacity_bytes = fs.taken_bytes + rng.randrange(1200 * KIB)
             for model in self.models.values():
                 model.crashed()
         else:
@@ -397,7 +401,7 @@ class Scenario:
         """Tasks that use the store, started."""
         rng = self.rng
         clients = [name for name in sorted(self.models) for _ in range(rng.choice((1, 2, 3)))]
-        each = rng.randrange(30, 200) // len(clients) + 1
+        each = rng.randrange(20, 110) // len(clients) + 1
         work: list[Callable[[], Coroutine[Any, Any, None]]] = []
         for name in clients:
             if name in self.open_models:
