@@ -35,7 +35,7 @@ SEGMENTS_BETWEEN_MAX: Final = 512
 """Segments in the tail: their directories are read at opening, 0.3 ms each."""
 FREES_CHECKED: Final = 2
 """Checkpoints that must follow a segment's death before it is freed."""
-SPARE_SPACE: Final = 1.5
+SPARE_SPACE: Final = 1.62
 SPARE_SEGMENTS: Final = 8
 """A freed file is kept for the next segment as long as files and spares together stay below so much of the live data:
 inside what the limit on space leaves (collect.py)."""
