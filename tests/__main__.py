@@ -39,7 +39,8 @@ def shares(workers: int) -> tuple[Share, ...]:
     parallel = ("-n", str(workers), "--dist", "worksteal")
     return (
         Share("unit, contract, specification", ("-m", "not slow and not interop and not bench", *parallel)),
-        Share("crashes, power cuts, simulation", ("-m", "slow and not interop and not bench", *parallel)),
+        Share("crashes, power cuts", ("-m", "slow and not interop and not bench", "--ignore=tests/sim", *parallel)),
+        Share("simulation (its own processes)", ("tests/sim", "-m", "slow and not interop and not bench", "-s")),
         Share("real clients", ("-m", "interop and not bench")),
     )
 
