@@ -104,8 +104,12 @@ class Collector:
         return bool(disk.dead) or disk.total_blocks * SHARE_MAX > disk.live_total + disk.writer.segment_blocks * 2
 
     async def room(self) -> None:
-        """Wait while space is tight."""
+        """Wait while space is tight. Who waits makes the collector look again: what was tight may be so no more, and
+        a checkpoint that nobody was in a hurry for is wanted now."""
+        if self.tight:
+            self._judge()
         while self.tight:
+            self._wake.set()
             waiter: asyncio.Future[None] = self.disk.env.loop.create_future()
             self._waiters.append(waiter)
             await waiter

@@ -197,6 +197,15 @@ async def test_the_end_of_the_process_at_any_moment_of_collection(disk: ModelDis
         await disk.check()
 
 
+async def test_who_waits_for_space_has_it_looked_at_again(disk: ModelDisk) -> None:
+    """Space was tight when collection last looked, and nothing since then has made it look (simulation, seed 882)."""
+    await disk.write(0, 3)
+    disk.vdi.collector.tight = True
+    async with asyncio.timeout(10):
+        await disk.vdi.write(0, memoryview(bytes(BLOCK_BYTES)))
+    assert not disk.vdi.collector.tight
+
+
 @pytest.mark.parametrize("paged_out", [False, True])
 @pytest.mark.parametrize("clean", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
