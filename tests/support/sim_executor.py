@@ -18,8 +18,7 @@ FAST_SECONDS = 20e-6
 class SimExecutor:
     """objstore's Executor on a SimLoop.
 
-    slow_seconds: mean delay per zone; a call in twenty takes ten times that, one in a hundred a hundred times.
-    dead: no call runs or completes any more.
+    slow_seconds: mean delay per zone; a call in twenty takes ten times that. dead: no call runs or completes any more.
     """
 
     def __init__(self, loop: SimLoop, rng: random.Random, slow_seconds: list[float]) -> None:
@@ -54,9 +53,7 @@ class SimExecutor:
         mean = self._slow_seconds[zone]
         if chance < 0.3:
             return FAST_SECONDS
-        if chance > 0.94:
-            mean *= 100 if chance > 0.99 else 10
-        return self._rng.expovariate(1.0) * mean
+        return self._rng.expovariate(1.0) * (mean * 10 if chance > 0.95 else mean)
 
     def _run(
         self,
