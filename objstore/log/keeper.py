@@ -57,7 +57,8 @@ class Uncounted(NamedTuple):
 class Keeper:
     """Checkpoints and freeing for one disk. Touched by the event loop only; one checkpoint at a time (`_task`).
 
-    number: of the newest complete checkpoint. pages: where the page of each region is, as its root says.
+    number: of the newest complete checkpoint. durable_number: of the newest that is known to be durable in its zones;
+    the one found at opening may not be, if no head has named it yet. pages: where the page of each region is, as its root says.
     sizes: bytes of each checkpoint object that is kept. next_segment, previous_next_segment: where the tails of the
     newest and of the one before begin.
     """
@@ -65,6 +66,7 @@ class Keeper:
     def __init__(self, disk: Disk) -> None:
         self.disk = disk
         self.number = 0
+        self.durable_number = 0
         self.next_number = 1
         self.position = 0
         self.next_segment = 0
@@ -286,7 +288,7 @@ class Keeper:
         keep = needs | self.previous_needs | {self.number, header.number}
         self.previous_needs = needs
         self.previous_next_segment, self.next_segment = self.next_segment, header.next_segment
-        self.number = header.number
+        self.number = self.durable_number = header.number
         self.position = header.position
         self.pages = disk.pages = pages
         self.sizes[header.number] = output.size_bytes

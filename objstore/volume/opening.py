@@ -87,6 +87,7 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
     disk.pages = pages
     keeper = Keeper(disk)
     _restore_keeper(keeper, loaded, sizes)
+    keeper.durable_number = min(head.checkpoint, keeper.number)
     kept = _restore_segments(disk, loaded, tail)
     try:
         # They may take the very space that the copies need.
@@ -106,7 +107,7 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
         generation=writer.generation,
         tail=sorted(numbers),
         first_number=first_number,
-        checkpoint=keeper.number,
+        checkpoint=keeper.durable_number,
         clean=False,
     )
     garbage = {n: zones for n, zones in tail.unkept.items() if n not in kept and n not in tail.empty}

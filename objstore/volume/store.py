@@ -381,7 +381,7 @@ class Store:
             generation=disk.writer.generation,
             tail=numbers,
             first_number=disk.writer.next_number,
-            checkpoint=keeper.number,
+            checkpoint=keeper.durable_number,
             clean=True,
         )
 
