@@ -40,7 +40,8 @@ class Head(NamedTuple):
     """The committed head of a log: which segments make up its tail.
 
     tail: segments that count although their generation is older. first_number: from here on every segment of
-    `generation` counts. checkpoint: the newest that was durable when the head was written (0 = none). clean: the log was closed.
+    `generation` counts. checkpoint: the newest that was durable when the head was written (0 = none). clean: the log
+    was closed.
     """
 
     generation: int
