@@ -59,8 +59,8 @@ class Keeper:
 
     number: of the newest complete checkpoint. durable_number: of the newest that is known to be durable in its zones;
     the one found at opening may not be, if no head has named it yet. pages: where the page of each region is, as the
-    root of `number` says. sizes: bytes of each checkpoint object that is kept. next_segment, previous_next_segment: where
-    the tails of the newest and of the one before begin.
+    root of `number` says. sizes: bytes of each checkpoint object that is kept. next_segment, previous_next_segment:
+    where the tails of the newest and of the one before begin.
     """
 
     def __init__(self, disk: Disk) -> None:
