@@ -35,7 +35,7 @@ from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Reques
 from tests.sim.world import CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
 from tests.support.sim_loop import SimClock, SimLoop, SimStopped
 
-OPERATIONS: Final = 320
+OPERATIONS: Final = 300
 CRASHES: Final = 3
 LIVES_MAX: Final = 60
 FAILING_SHARE: Final = 0.1
@@ -88,7 +88,7 @@ class Scenario:
         self.settings = StoreSettings(dirty_bytes_max=MIB, dirty_age_seconds=rng.choice((0.05, 0.3, 2.0)))
         # Smaller than an administrator may set, so that few operations fill many segments and page the map.
         small = {
-            "segment_bytes": rng.choice((64, 64, 128, 256)) * KIB,
+            "segment_bytes": rng.choice((64, 128, 256)) * KIB,
             "dirty_bytes_max": rng.choice((128 * KIB, 512 * KIB, 2 * MIB)),
             "map_memory_bytes": rng.choice((1, 20 * KIB, 4 * MIB)),
         }
@@ -401,7 +401,7 @@ class Scenario:
         """Tasks that use the store, started."""
         rng = self.rng
         clients = [name for name in sorted(self.models) for _ in range(rng.choice((1, 2, 3)))]
-        each = rng.randrange(20, 110) // len(clients) + 1
+        each = rng.randrange(30, 170) // len(clients) + 1
         work: list[Callable[[], Coroutine[Any, Any, None]]] = []
         for name in clients:
             if name in self.open_models:

@@ -38,6 +38,9 @@ CRASH_CALLS: Final = (
 )
 
 
+ALL_CALLS: Final = (*CRASH_CALLS, "reopen", "posix_fadvise", "is_locked")
+
+
 @dataclass
 class Trigger:
     """When the process dies: at the `count`-th system call (of that name; "step" = turn of the loop) in that phase."""
@@ -90,6 +93,10 @@ class World:
     def note(self, text: str) -> None:
         """One event: part of the digest, shown by --trace."""
         self.digest = zlib.crc32(text.encode(), self.digest)
+        self.show(text)
+
+    def show(self, text: str) -> None:
+        """One line of --trace."""
         if self.trace is not None:
             now = self.loop.now if self.loop is not None else 0.0
             self.trace(f"{now:12.6f} {text}")
@@ -106,7 +113,7 @@ class World:
         self.loop.on_step = self._step
         self.executor = SimExecutor(self.loop, random.Random(self.rng.getrandbits(64)), slow_seconds)
         if self.trace is not None:
-            self.executor.on_job = lambda zone, function: self.note(f"  zone {zone} runs {_name(function)}")
+            self.executor.on_job = lambda zone, function: self.show(f"  zone {zone} runs {_name(function)}")
         return self.loop
 
     def phases(self) -> list[str]:
@@ -161,23 +168,25 @@ class World:
             self.die("step")
 
     def _hook(self, zone: int) -> Callable[[str, tuple[Any, ...]], int | None]:
+        codes = {name: zlib.crc32(b"%d %s" % (zone, name.encode())) for name in ALL_CALLS}
+
         def before_call(name: str, args: tuple[Any, ...]) -> int | None:
             if self.dead:
                 raise Crash
             self.calls += 1
-            self.digest = zlib.crc32(b"%d %s" % (zone, name.encode()), self.digest)
+            self.digest = (self.digest * 31 ^ codes[name]) & 0xFFFFFFFF
             if self.trace is not None:
-                self.note(f"    zone {zone} {name} {self._shown(zone, name, args)}")
+                self.show(f"    zone {zone} {name} {self._shown(zone, name, args)}")
             if self.failing is not None:
                 self._maybe_fail(zone, name)
             trigger = self.trigger
-            if trigger is not None and trigger.call != "step" and self._matches(name):
-                self.die(name)
-                applied_bytes = 0
-                if name == "pwritev":
-                    applied_bytes = self.rng.choice((0, 1 << 30, self.rng.randrange(1 << 17)))
-                raise Crash(applied_bytes)
-            return None
+            if trigger is None or (trigger.call is not None and trigger.call != name) or not self._matches(name):
+                return None
+            self.die(name)
+            applied_bytes = 0
+            if name == "pwritev":
+                applied_bytes = self.rng.choice((0, 1 << 30, self.rng.randrange(1 << 17)))
+            raise Crash(applied_bytes)
 
         return before_call
 

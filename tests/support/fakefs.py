@@ -571,7 +571,7 @@ class FakeFileSystem:
         keys: set[_Key] = set()
         folders = {folder}
         for change in reversed(self._name_changes):
-            if not (keys.isdisjoint(change.sets) and folders.isdisjoint(change.folders)):
+            if not folders.isdisjoint(change.folders) or (keys and not keys.isdisjoint(change.sets)):
                 wanted.append(change)
                 keys.update(change.sets)
                 if change.removed is not None:
