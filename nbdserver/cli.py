@@ -26,12 +26,14 @@ EXIT_INTERRUPTED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process: whoever started it closed it
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path need not be valid text
     try:
         arguments = build_parser().parse_args(argv)
         from nbdserver import cli_commands
 
-        cli_commands.run(arguments)
+        code = cli_commands.run(arguments)
         sys.stdout.flush()
     except errors.StoreError as error:
         return _fail(str(error), exit_code(error))
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{named}{error.strerror or error}", EXIT_CODES[errors.StoreError])
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return 0
+    return code
 
 
 def exit_code(error: errors.StoreError) -> int:
@@ -52,5 +54,7 @@ def exit_code(error: errors.StoreError) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("sheepfold: error:", " ".join(message.splitlines()), file=sys.stderr)
+    line = " ".join(message.splitlines())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    print("sheepfold: error:", shown, file=sys.stderr)
     return code

@@ -16,7 +16,7 @@ from nbdserver.control_api import LockNote, Status
 from nbdserver.control_client import ControlClient, NoServer
 from objstore.errors import Busy, InvalidRequest, StoreError
 from objstore.volume.settings import StoreSettings
-from objstore.volume.status import VdiStatus
+from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
 from objstore.volume.store import Store, lock_note, open_store, zone_paths
 
 WAIT_SECONDS: Final = 10.0
@@ -33,17 +33,34 @@ class Admin(Protocol):
     def vdi(self, name: str) -> VdiStatus: ...
     def create_vdi(self, name: str, size_bytes: int, *, copies: int | None, mode: str, prealloc: bool) -> VdiStatus: ...
     def delete_vdi(self, name: str) -> None: ...
+    def damage(self, name: str) -> VdiDamage: ...
+    def start_scrub(self) -> ScrubStatus: ...
+    def scrub_status(self) -> ScrubStatus: ...
+    def recovery_status(self) -> RecoveryStatus: ...
+    def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus: ...
+    def set_copies(self, name: str, copies: int) -> VdiStatus: ...
+    def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> list[ZoneStatus]: ...
+
+    def wait(self, seconds: float) -> None:
+        """Let the store work for so long."""
+        ...
 
 
 class OfflineAdmin:
     """Opens the zones in this process, in an event loop of its own."""
 
-    def __init__(self, zones: Sequence[Path], settings: StoreSettings) -> None:
+    def __init__(
+        self, zones: Sequence[Path], settings: StoreSettings, *, read_only: bool = False, force: bool = False
+    ) -> None:
         """Raises what open_store raises; Busy if a server got there first."""
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         note = msgspec.json.encode(LockNote(pid=os.getpid())).decode()
         try:
-            self._store: Store = self._runner.run(open_store(zones, settings=settings, lock_note=note))
+            self._store: Store = self._runner.run(
+                open_store(zones, settings=settings, lock_note=note, read_only=read_only, force=force)
+            )
         except StoreError:
             self._runner.close()
             raise
@@ -72,18 +89,48 @@ class OfflineAdmin:
     def delete_vdi(self, name: str) -> None:
         self._runner.run(self._store.delete_vdi(name))
 
+    def damage(self, name: str) -> VdiDamage:
+        return self._runner.run(self._store.damage(name))
+
+    def start_scrub(self) -> ScrubStatus:
+        return self._runner.run(self._store.start_scrub())
+
+    def scrub_status(self) -> ScrubStatus:
+        return self._store.scrub.status()
+
+    def recovery_status(self) -> RecoveryStatus:
+        return self._store.recovery.status()
+
+    def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus:
+        return self._store.set_recovery_rate(bytes_per_second)
+
+    def set_copies(self, name: str, copies: int) -> VdiStatus:
+        return self._runner.run(self._store.set_copies(name, copies))
+
+    def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> list[ZoneStatus]:
+        self._runner.run(self._store.change_zones(action, zone, path=path, weight=weight, force=force))
+        return self._runner.run(self._store.status()).zones
+
+    def wait(self, seconds: float) -> None:
+        self._runner.run(asyncio.sleep(seconds))
+
 
 @contextmanager
-def open_admin(zones: Sequence[Path], settings: StoreSettings) -> Iterator[Admin]:
-    """The store that has one of `zones`. Busy if its owner does not answer for WAIT_SECONDS."""
+def open_admin(
+    zones: Sequence[Path], settings: StoreSettings, *, read_only: bool = False, force: bool = False
+) -> Iterator[Admin]:
+    """The store that has one of `zones`. Busy if its owner does not answer for WAIT_SECONDS. read_only, force: see
+    open_store; they matter only where no server has it."""
     deadline = time.monotonic() + WAIT_SECONDS
     with progress("waiting for the store"):
-        admin = _connect_or_open(zones, settings)
+        admin = _connect_or_open(zones, settings, read_only, force)
         while admin is None:
             if time.monotonic() > deadline:
                 raise Busy(f"zone {zones[0]} is in use by {_holder(zones)} which does not answer")
             time.sleep(POLL_SECONDS)
-            admin = _connect_or_open(zones, settings)
+            admin = _connect_or_open(zones, settings, read_only, force)
     if isinstance(admin, ControlClient):
         try:
             yield admin
@@ -99,12 +146,14 @@ def resolve_zones(zones: Sequence[Path]) -> list[Path]:
     return zone_paths(zones[0]) if len(zones) == 1 else list(zones)
 
 
-def _connect_or_open(zones: Sequence[Path], settings: StoreSettings) -> ControlClient | OfflineAdmin | None:
+def _connect_or_open(
+    zones: Sequence[Path], settings: StoreSettings, read_only: bool, force: bool
+) -> ControlClient | OfflineAdmin | None:
     """None: the zones are locked, and their holder doesn't answer at the moment."""
     note = _note(zones)
     if note is None:
         try:
-            return OfflineAdmin(resolve_zones(zones), settings)
+            return OfflineAdmin(resolve_zones(zones), settings, read_only=read_only, force=force)
         except Busy:
             return None
     if not note.control:

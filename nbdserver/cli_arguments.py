@@ -4,12 +4,13 @@ Imports nothing heavy: help, completion and usage errors must not wait for numpy
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from objstore.errors import InvalidRequest
-from objstore.names import check_name
+from objstore.names import check_name, check_path
 from objstore.units import check_vdi_bytes, parse_size
 from objstore.version import VERSION
 from objstore.volume.settings import MODES
@@ -44,7 +45,29 @@ def build_parser() -> Parser:
     _add_serve(commands.add_parser("serve", help="serve a store's VDIs until SIGTERM or SIGINT"))
     vdi = commands.add_parser("vdi", help="create, list, show and delete VDIs")
     _add_vdi_commands(vdi.add_subparsers(dest="vdi_command", metavar="COMMAND", required=True))
-    _add_common(commands.add_parser("status", help="show the health of a store and its zones"))
+    scrub = commands.add_parser("scrub", help="read and check every copy of everything now, and replace bad ones")
+    scrub.add_argument("--follow", action="store_true", help="wait for the end, with a progress bar on a terminal")
+    _add_common(scrub)
+    recovery = commands.add_parser("recovery", help="show which copies are missing and how far their recovery is")
+    recovery.add_argument("--follow", action="store_true", help="wait for the end, with a progress bar on a terminal")
+    recovery.add_argument(
+        "--rate",
+        metavar="SIZE",
+        type=_argument(_rate),
+        help="from now on at most so many bytes a second; 0 = no limit",
+    )
+    _add_common(recovery)
+    zone = commands.add_parser("zone", help="list, add, drain, remove and replace zones")
+    _add_zone_commands(zone.add_subparsers(dest="zone_command", metavar="COMMAND", required=True))
+    status = commands.add_parser("status", help="show the health of a store and its zones")
+    _add_common(status)
+    _add_force(status)
+    check = commands.add_parser("check", help="check a store that no server has open, without changing it")
+    _add_common(check)
+    check.add_argument(
+        "--repair", action="store_true", help="mend what can be mended without a choice, then check again"
+    )
+    check.add_argument("--verbose", "-v", action="store_true", help="list ordinary leftovers too")
     completion = commands.add_parser("completion", help="print a completion script for a shell")
     completion.add_argument("shell", choices=SHELLS)
     return parser
@@ -56,19 +79,34 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--zone",
         metavar="DIR",
         dest="zones",
-        type=Path,
+        type=_argument(_path),
         action="append",
         default=[],
         help="directory of a zone; one zone of a store stands for all (repeatable)",
     )
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, help=f"configuration file (TOML); otherwise ${CONFIG_VARIABLE}"
+        "--config",
+        metavar="FILE",
+        type=_argument(_path),
+        help=f"configuration file (TOML); otherwise ${CONFIG_VARIABLE}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    """For commands that may have to open the zones themselves."""
+    parser.add_argument(
+        "--force",
+        dest="force_open",
+        action="store_true",
+        help="open the store although missing zones may hold newer data; what only they hold, flushed data included, "
+        "is then given up for good",
+    )
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
+    _add_force(parser)
     parser.add_argument(
         "--vdi",
         metavar="NAME:SIZE",
@@ -87,7 +125,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="unix:///PATH or tcp://HOST:PORT instead of the default listeners (repeatable)",
     )
     parser.add_argument("--default", metavar="NAME", help="VDI that clients get who name none")
-    parser.add_argument("--control", metavar="PATH", type=Path, help="control socket instead of the default one")
+    parser.add_argument(
+        "--control", metavar="PATH", type=_argument(_path), help="control socket instead of the default one"
+    )
     parser.add_argument("--verbose", "-v", action="store_true", help="log connections and store events to stderr")
 
 
@@ -100,11 +140,46 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--prealloc", action="store_true", help="reserve the whole size, so that no write meets a full disk"
     )
     _add_common(create)
-    _add_common(commands.add_parser("list", help="list the VDIs"))
-    for command, what in (("info", "show one VDI"), ("delete", "delete a VDI and its data for good")):
+    _add_force(create)
+    listing = commands.add_parser("list", help="list the VDIs")
+    _add_common(listing)
+    _add_force(listing)
+    copies = commands.add_parser("set-copies", help="change how many zones hold each object of a VDI")
+    copies.add_argument("name", metavar="NAME", type=_argument(_name))
+    copies.add_argument("copies", metavar="N", type=_argument(_copies))
+    _add_common(copies)
+    for command, what in (
+        ("info", "show one VDI"),
+        ("delete", "delete a VDI and its data for good"),
+        ("damage", "list the parts of a VDI that no zone has whole"),
+    ):
         parser = commands.add_parser(command, help=what)
         parser.add_argument("name", metavar="NAME", type=_argument(_name))
         _add_common(parser)
+        _add_force(parser)
+
+
+def _add_zone_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
+    _add_common(commands.add_parser("list", help="list the zones"))
+    add = commands.add_parser("add", help="make an empty directory a zone, or take a zone back that was out")
+    add.add_argument("which", metavar="DIR", type=_argument(_directory))
+    add.add_argument("--weight", metavar="W", type=float, help="its share of the data (default: its size in GiB)")
+    _add_common(add)
+    drain = commands.add_parser("drain", help="move everything off a zone")
+    drain.add_argument("which", metavar="ZONE", help="path, number or beginning of its id")
+    _add_common(drain)
+    remove = commands.add_parser("remove", help="forget a zone that is drained or lost")
+    remove.add_argument("which", metavar="ZONE", help="path, number or beginning of its id")
+    remove.add_argument("--force", action="store_true", help="even if it may have what no other zone has")
+    _add_common(remove)
+    replace = commands.add_parser("replace", help="put a new zone in the place of a lost or old one")
+    replace.add_argument("which", metavar="ZONE", help="path, number or beginning of the old one's id")
+    replace.add_argument("path", metavar="DIR", type=_argument(_directory))
+    _add_common(replace)
+    weight = commands.add_parser("set-weight", help="change a zone's share of the data")
+    weight.add_argument("which", metavar="ZONE", help="path, number or beginning of its id")
+    weight.add_argument("weight", metavar="W", type=float)
+    _add_common(weight)
 
 
 def _add_vdi_properties(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +207,21 @@ def _argument(convert: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return converted
+
+
+def _path(text: str) -> Path:
+    check_path(text, "path")
+    return Path(text)
+
+
+def _directory(text: str) -> str:
+    """Absolute: a server has another working directory."""
+    check_path(text, "path")
+    return os.path.abspath(text)
+
+
+def _rate(text: str) -> int:
+    return 0 if text == "0" else parse_size(text)
 
 
 def _name(text: str) -> str:

@@ -18,14 +18,20 @@ if TYPE_CHECKING:
     from nbdserver.service import Ready
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the command. StoreError and OSError are its failures."""
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; its exit code. StoreError and OSError are its failures."""
     if arguments.command == "completion":
         completion(arguments.shell)
     elif arguments.command == "serve":
         serve(arguments)
+    elif arguments.command == "check":
+        from nbdserver.cli_check import check
+
+        config = _config(arguments) if arguments.config or not arguments.zones else None
+        return check(arguments, _zones(arguments, config))
     else:
         administer(arguments)
+    return 0
 
 
 def completion(shell: str) -> None:
@@ -46,6 +52,10 @@ def serve(arguments: argparse.Namespace) -> None:
     from nbdserver.config import Config, VdiConfig
 
     config = config or Config()
+    names = [name for name, _ in arguments.vdis]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequest(f"VDI {name} is given twice")
     given = {
         name: VdiConfig(size_bytes, copies=arguments.copies, mode=arguments.mode) for name, size_bytes in arguments.vdis
     }
@@ -57,10 +67,9 @@ def serve(arguments: argparse.Namespace) -> None:
         control=arguments.control or config.control,
         store=config.store,
         server=config.server,
+        force=arguments.force_open,
     )
-    logging.basicConfig(
-        level=logging.INFO if arguments.verbose else logging.WARNING, format="sheepfold: %(levelname)s: %(message)s"
-    )
+    _log(logging.INFO if arguments.verbose else logging.WARNING)
     with ExitStack() as opening:
         opening.enter_context(progress("opening the store"))
         service.run(plan, lambda ready: _announce(ready, arguments.json), opening.close)
@@ -82,6 +91,10 @@ def _announce(ready: "Ready", as_json: bool) -> None:
     sys.stdout.flush()
 
 
+def _log(level: int) -> None:
+    logging.basicConfig(level=level, format="sheepfold: %(levelname)s: %(message)s")
+
+
 def administer(arguments: argparse.Namespace) -> None:
     """Every command that asks or changes a store, through its server or by opening the zones."""
     config = _config(arguments) if arguments.config or not arguments.zones else None
@@ -89,25 +102,38 @@ def administer(arguments: argparse.Namespace) -> None:
     from nbdserver.cli_admin import open_admin
     from objstore.volume.settings import StoreSettings
 
-    with open_admin(zones, StoreSettings() if config is None else config.store) as admin:
+    _log(logging.WARNING)
+    looking = arguments.command == "status" or getattr(arguments, "vdi_command", "") in ("list", "info")
+    settings = StoreSettings() if config is None else config.store
+    force = getattr(arguments, "force_open", False)
+    with open_admin(zones, settings, read_only=looking, force=force) as admin:
         if arguments.command == "status":
             _status(admin, arguments)
+        elif arguments.command == "scrub":
+            from nbdserver.cli_copies import scrub
+
+            scrub(admin, arguments)
+        elif arguments.command == "recovery":
+            from nbdserver.cli_copies import recovery
+
+            recovery(admin, arguments)
+        elif arguments.command == "zone":
+            from nbdserver.cli_copies import zone
+
+            zone(admin, arguments)
         else:
             _VDI_COMMANDS[arguments.vdi_command](admin, arguments)
 
 
 def _status(admin: "Admin", arguments: argparse.Namespace) -> None:
-    from nbdserver.cli_output import print_json, status_text
+    from nbdserver.cli_output import show, status_text
 
     status = admin.status()
-    if arguments.json:
-        print_json(status)
-    else:
-        print(status_text(status))
+    show(status, status_text, as_json=arguments.json)
 
 
 def _vdi_create(admin: "Admin", arguments: argparse.Namespace) -> None:
-    from nbdserver.cli_output import print_json, vdi_details
+    from nbdserver.cli_output import show, vdi_details
     from nbdserver.cli_progress import progress
 
     with progress(f"creating {arguments.name}"):
@@ -118,30 +144,21 @@ def _vdi_create(admin: "Admin", arguments: argparse.Namespace) -> None:
             mode=arguments.mode,
             prealloc=arguments.prealloc,
         )
-    if arguments.json:
-        print_json(created)
-    else:
-        print(vdi_details(created))
+    show(created, vdi_details, as_json=arguments.json)
 
 
 def _vdi_list(admin: "Admin", arguments: argparse.Namespace) -> None:
-    from nbdserver.cli_output import print_json, vdi_table
+    from nbdserver.cli_output import show, vdi_table
 
     vdis = admin.vdis()
-    if arguments.json:
-        print_json(vdis)
-    else:
-        print(vdi_table(vdis))
+    show(vdis, vdi_table, as_json=arguments.json)
 
 
 def _vdi_info(admin: "Admin", arguments: argparse.Namespace) -> None:
-    from nbdserver.cli_output import print_json, vdi_details
+    from nbdserver.cli_output import show, vdi_details
 
     vdi = admin.vdi(arguments.name)
-    if arguments.json:
-        print_json(vdi)
-    else:
-        print(vdi_details(vdi))
+    show(vdi, vdi_details, as_json=arguments.json)
 
 
 def _vdi_delete(admin: "Admin", arguments: argparse.Namespace) -> None:
@@ -156,7 +173,31 @@ def _vdi_delete(admin: "Admin", arguments: argparse.Namespace) -> None:
         print(f"deleted {arguments.name}")
 
 
-_VDI_COMMANDS = {"create": _vdi_create, "list": _vdi_list, "info": _vdi_info, "delete": _vdi_delete}
+def _vdi_set_copies(admin: "Admin", arguments: argparse.Namespace) -> None:
+    from nbdserver.cli_output import print_json, vdi_details
+
+    changed = admin.set_copies(arguments.name, arguments.copies)
+    if arguments.json:
+        print_json(changed)
+    else:
+        print(vdi_details(changed))
+
+
+def _vdi_damage(admin: "Admin", arguments: argparse.Namespace) -> None:
+    from nbdserver.cli_output import damage_text, show
+
+    damage = admin.damage(arguments.name)
+    show(damage, damage_text, as_json=arguments.json)
+
+
+_VDI_COMMANDS = {
+    "create": _vdi_create,
+    "list": _vdi_list,
+    "info": _vdi_info,
+    "delete": _vdi_delete,
+    "damage": _vdi_damage,
+    "set-copies": _vdi_set_copies,
+}
 
 
 def _config(arguments: argparse.Namespace) -> "Config | None":
@@ -176,7 +217,10 @@ def _zones(arguments: argparse.Namespace, config: "Config | None") -> list[Path]
         raise InvalidRequest(
             f"which store? Give --zone DIR, or --config FILE (or ${CONFIG_VARIABLE}) that names `zones`"
         )
-    return [Path(os.path.abspath(zone)) for zone in zones]
+    try:
+        return [Path(os.path.abspath(zone)) for zone in zones]
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"zone {zones[0]}: the current directory is gone, so give whole paths") from error
 
 
 def _mark_paths(parser: argparse.ArgumentParser, kinds: Mapping[str, object]) -> None:

@@ -1,19 +1,29 @@
 """What commands print: JSON for programs (records of objstore.volume.status), aligned text for people."""
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
 from nbdserver.control_api import Status
 from objstore.units import format_size
-from objstore.volume.status import VdiStatus
+from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
+
+T = TypeVar("T")
 
 
 def print_json(value: Any) -> None:
     """One document, indented, unless it is printed as one line of several (see `json_line`)."""
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def show(value: T, text: Callable[[T], str], *, as_json: bool) -> None:
+    """Print what a command has found."""
+    if as_json:
+        print_json(value)
+    else:
+        print(text(value))
 
 
 def json_line(value: Any) -> str:
@@ -52,8 +62,67 @@ def vdi_details(vdi: VdiStatus) -> str:
             ("created", _moment(vdi.created)),
             ("id", str(vdi.vdi_id)),
             ("log", str(vdi.log)),
+            ("damaged", format_size(vdi.damaged_bytes)),
         ]
     )
+
+
+def damage_text(damage: VdiDamage) -> str:
+    """One line for each range, in bytes."""
+    if not damage.ranges:
+        return f"no damage of {damage.name} is known"
+    rows = [("OFFSET", "LENGTH"), *((str(part.offset_bytes), str(part.length_bytes)) for part in damage.ranges)]
+    return _table(rows) + ("" if damage.complete else "\nand more")
+
+
+def scrub_text(scrub: ScrubStatus) -> str:
+    """The pass under way, or the last one, in one line."""
+    if scrub.running:
+        share = 100 * scrub.bytes_done // scrub.bytes_total if scrub.bytes_total else 0
+        text = f"{share} % of {format_size(scrub.bytes_total)}"
+        if scrub.seconds_left is not None:
+            text += f", about {_duration(scrub.seconds_left)} left"
+    elif scrub.finished is None:
+        return "none has ended yet"
+    else:
+        text = f"ended {_moment(scrub.finished)}"
+    text += f", {scrub.copies_checked} copies checked, {scrub.copies_bad} bad, {scrub.copies_repaired} replaced"
+    return text + "".join(f"; left out {reason}" for reason in scrub.skipped)
+
+
+def recovery_text(recovery: RecoveryStatus) -> str:
+    """What is missing and how far its recovery is, in one line."""
+    if not recovery.running and not recovery.copies_missing and not recovery.problems:
+        return f"nothing is missing, {recovery.copies_made} copies made"
+    text = f"{recovery.copies_missing} copies missing, {recovery.copies_made} made"
+    if recovery.bytes_total:
+        text += f", {format_size(recovery.bytes_done)} of {format_size(recovery.bytes_total)}"
+    if recovery.bytes_per_second_max:
+        text += f", at most {format_size(recovery.bytes_per_second_max)} a second"
+    if recovery.seconds_left is not None:
+        text += f", about {_duration(recovery.seconds_left)} left"
+    if recovery.objects_unreachable:
+        text += f"; {recovery.objects_unreachable} objects have no copy in service"
+    return text + "".join(f"; {problem}" for problem in recovery.problems)
+
+
+def zone_table(zones: Sequence[ZoneStatus]) -> str:
+    """One line for each zone."""
+    header = ("ZONE", "ID", "STATE", "WEIGHT", "USED", "FREE", "EPOCH", "PATH")
+    rows = [
+        (
+            str(zone.number),
+            zone.id[:8],
+            zone.state + (f": {zone.reason}" if zone.reason else ""),
+            f"{zone.weight:g}",
+            format_size(zone.used_bytes),
+            format_size(zone.free_bytes),
+            str(zone.epoch),
+            zone.path,
+        )
+        for zone in zones
+    ]
+    return _table([header, *rows])
 
 
 def status_text(status: Status) -> str:
@@ -65,26 +134,26 @@ def status_text(status: Status) -> str:
     else:
         fields.append(("server", f"process {server.pid} since {_moment(store.started)}, {server.clients} connections"))
         fields += [("listener", listener) for listener in server.listen]
+    waiting = f", {store.map_waiting} requests wait for it" if store.map_waiting else ""
     if store.unclean_stop is not None:
         fields.append(("unclean stop", store.unclean_stop))
     fields += [
         ("store", f"{store.store_id}, format {store.format_version}, epoch {store.epoch}"),
         ("VDIs", str(store.vdis)),
         ("dirty", f"{format_size(store.dirty_bytes)} of {format_size(store.dirty_bytes_max)}"),
+        ("maps", f"{format_size(store.map_bytes)} of {format_size(store.map_bytes_max)}" + waiting),
+        ("scrub", scrub_text(store.scrub)),
+        ("recovery", recovery_text(store.recovery)),
     ]
-    header = ("ZONE", "STATE", "USED", "FREE", "EPOCH", "PATH")
-    zones = [
-        (
-            zone.id[:8],
-            zone.state + (f": {zone.reason}" if zone.reason else ""),
-            format_size(zone.used_bytes),
-            format_size(zone.free_bytes),
-            str(zone.epoch),
-            zone.path,
-        )
-        for zone in store.zones
-    ]
-    return _fields(fields) + "\n\n" + _table([header, *zones])
+    return _fields(fields) + "\n\n" + zone_table(store.zones)
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that gives one to three digits."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _moment(unix_time: float) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -35,3 +35,26 @@ def _tick(what: str, done: threading.Event) -> None:
     with tqdm(desc=what, bar_format="{desc} ... {elapsed}", leave=False, file=sys.stderr) as bar:
         while not done.wait(TICK_SECONDS):
             bar.refresh()
+
+
+@contextmanager
+def progress_bar(what: str, total_bytes: int) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr for work of about so many bytes; the block tells what it gets how many bytes more are done."""
+    if not sys.stderr.isatty():
+        yield lambda done_bytes: None
+        return
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
+    bar = tqdm(
+        desc=what,
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        delay=SHOW_AFTER_SECONDS,
+        leave=False,
+        file=sys.stderr,
+    )
+    with bar:
+        yield bar.update

@@ -16,7 +16,7 @@ import msgspec
 
 from nbdserver.server import ServerSettings
 from objstore.errors import InvalidRequest
-from objstore.names import check_name
+from objstore.names import check_name, check_path
 from objstore.units import GIB, MIB, check_vdi_bytes, parse_size
 from objstore.volume.settings import MODES, StoreSettings, check_mode
 
@@ -106,6 +106,10 @@ def parse(document: Mapping[str, Any], directory: Path) -> Config:
     """Check a decoded document; relative paths start at `directory`. InvalidRequest names the key."""
     top_keys = {key: value for key, value in document.items() if key not in _TABLES}
     top = _convert(top_keys, _TopLevel, "", _keys(_TopLevel), _TABLES)
+    for index, zone in enumerate(top.zones):
+        check_path(zone, f"zones[{index}]")
+    if top.control is not None:
+        check_path(top.control, "control")
     vdis = {}
     for name, table in _table(document, "vdi").items():
         check_name(name)

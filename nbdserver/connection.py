@@ -16,14 +16,18 @@ Every attribute is changed in the event loop only.
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import select
 import socket
+import sys
+import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from nbdserver.buffers import Buffer, BufferPool
+from nbdserver.complaints import Complaints
 from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, open_volume
 from nbdserver.exports import Exports
 from nbdserver.handshake import Enter, Handshake, State
@@ -42,6 +46,8 @@ HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
 CROWDED_SECONDS: Final = 200e-6
 """A busy poll that ends so much too late was interrupted by another process."""
 CROWDED_PAUSE_SECONDS: Final = 0.1
+PEEK_BYTES_MAX: Final = 16 << 20
+"""More than a socket's receive buffer holds (net.ipv4.tcp_rmem: 6 MiB)."""
 ROUNDS_MAX: Final = 16
 """Receives of one wake-up before the other connections get their turn."""
 
@@ -49,11 +55,14 @@ ROUNDS_MAX: Final = 16
 class Common:
     """What the connections of one event loop share."""
 
-    def __init__(self, settings: ServerSettings, exports: Exports, entered: Callable[["Connection"], None]) -> None:
+    def __init__(
+        self, settings: ServerSettings, exports: Exports, entered: Callable[["Connection"], Awaitable[None]]
+    ) -> None:
         self.settings = settings
         self.exports = exports
         self.entered = entered
-        """Called when a connection has taken its volume, before its first request."""
+        """Awaited when a connection has taken its volume, before its first request."""
+        self.complain = Complaints(log)
         self.pool = BufferPool(settings.buffer_bytes_max)
         self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
         self.reply_area = memoryview(bytearray(REPLY_AREA_BYTES))
@@ -86,8 +95,15 @@ class Connection:
         self._sender = Sender(sock, common.pool, common.reply_area, lost=self._lost, moved=self._moved)
         self._reading = False
         self._payload_since: float | None = None
+        self._admitted = False
+        """Requests may be taken."""
+        self._stopping = False
         self._finishing = False
+        self._revoked = False
         self._dead = False
+        self._in_order: bool | None = None
+        """Whether the stream of a peer that has hung up ends with DISC; None: not known yet."""
+        self._took_all = asyncio.Event()
         self._memory_wait: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._received_bytes = 0
@@ -127,12 +143,23 @@ class Connection:
         finally:
             await self._close(orderly)
 
+    def stop(self) -> None:
+        """Read nothing more; take the complete requests that have been received, as soon as they may be in flight, and
+        `finish`."""
+        if not self._admitted or self._memory_wait is not None:
+            self.finish()
+        elif not self._stopping:
+            self._stopping = True
+            self._pause()
+            self._resume()
+
     def finish(self) -> None:
         """Take no more requests; answer what was taken, then end. A client in the handshake is told with its next
         option, if that comes soon."""
         if self._finishing or self._dead:
             return
         self._finishing = True
+        self._took_all.set()
         if self._dispatch is None:
             self._handshake.stopping = True
             self._loop.call_later(self._settings.linger_seconds, self.abort, "the server is closing")
@@ -149,11 +176,36 @@ class Connection:
         log.info("connection closed peer=%s: %s", self.peer, reason)
         self._die()
 
+    def revoke(self, reason: str) -> None:
+        """`abort`, and nothing that this connection has asked for and that has not happened yet happens any more."""
+        self._revoked = True
+        self.abort(reason)
+
     def alive(self) -> bool:
         """False: the peer hung up without DISC; what it asked for and has not happened yet must not happen."""
-        if self._transmission is not None and self._transmission.disconnected:
-            return True
-        return not self._dead and not self.hung_up()
+        if self.disconnected:
+            return not self._revoked
+        return not self._dead and (not self.hung_up() or self._leaves_in_order())
+
+    def _leaves_in_order(self) -> bool:
+        """Of a peer that has hung up: whether it has sent DISC behind what it asked for. proto.md: that is finished."""
+        if self._in_order is None and self._transmission is not None:
+            self._in_order = self._transmission.leads_to_disconnect(self._peek())
+        return bool(self._in_order)
+
+    def _peek(self) -> bytes:
+        """What the kernel still has of the peer's stream; nothing if that is more than PEEK_BYTES_MAX."""
+        with contextlib.suppress(OSError):
+            unread_bytes = int.from_bytes(fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+            if 0 < unread_bytes <= PEEK_BYTES_MAX:
+                return self._sock.recv(unread_bytes, socket.MSG_PEEK)
+        return b""
+
+    async def settled(self) -> None:
+        """Return when nothing that this connection has asked for can happen any more."""
+        await self._took_all.wait()
+        if self._dispatch is not None:
+            await self._dispatch.settle()
 
     def hung_up(self) -> bool:
         """The peer will send nothing more."""
@@ -180,6 +232,13 @@ class Connection:
         if info is None:
             return True
         self._begin_transmission()
+        await self._common.entered(self)
+        self._admitted = True
+        log.info("client entered peer=%s export=%s", self.peer, self.export)
+        if self._finishing:
+            self._check_end()
+        else:
+            self._resume()
         await self._ended
         return not self._dead
 
@@ -221,7 +280,7 @@ class Connection:
 
     async def _open(self, name: str) -> VolumeInfo | None:
         """Open the volume behind an export and tell the handshake what came of it."""
-        opened = await open_volume(self._common.exports.source, name)
+        opened = await open_volume(self._common.exports.source, name, self._common.complain)
         if isinstance(opened, tuple):
             self._handshake.refused(*opened)
             return None
@@ -254,12 +313,6 @@ class Connection:
             refuses=self._dispatch.refuses,
         )
         self._transmission.feed(self._handshake.take_rest())
-        common.entered(self)
-        log.info("client entered peer=%s export=%s", self.peer, self.export)
-        if self._finishing:
-            self._check_end()
-        else:
-            self._resume()
 
     def _on_readable(self) -> None:
         """Receive, answer, send; poll a moment for the next request if nobody else is active."""
@@ -279,7 +332,8 @@ class Connection:
             except BlockingIOError:
                 break
             except OSError as error:
-                self._lost(error)
+                log.debug("connection lost peer=%s: %s", self.peer, error)
+                self._die()
                 return
             if not length:
                 self.finish()
@@ -340,7 +394,7 @@ class Connection:
                 elif transmission.disconnected:
                     self.finish()
                     return False
-                elif transmission.wants_bytes:
+                elif transmission.wants_bytes and not self._stopping:
                     buffer = self._pool.take(transmission.wants_bytes)
                     if buffer is None:
                         transmission.park()
@@ -369,6 +423,7 @@ class Connection:
             self._sender.unsent_bytes >= settings.reply_bytes_max
             or dispatch.held_bytes >= settings.held_bytes_max
             or dispatch.in_flight >= settings.requests_in_flight_max
+            or dispatch.repeating
         )
 
     async def _wait_for_memory(self, length_bytes: int) -> None:
@@ -399,6 +454,9 @@ class Connection:
         self._dispatch.cautious = not self.alive()
         if self._advance():
             self._transmission.park()
+            if self._stopping:
+                self.finish()
+                return
             self._reading = True
             self._loop.add_reader(self._sock.fileno(), self._on_readable)
 
@@ -426,16 +484,30 @@ class Connection:
         """The sender has got rid of something."""
         if self._finishing:
             self._check_end()
-        elif not self._reading and not self._dead:
+        elif self._dead:
+            return
+        elif not self._reading:
             self._resume()
+        elif (
+            self._common.last_active is self
+            and self._sender.idle
+            and self._settings.busy_poll_seconds > 0
+            and self._next_comes_soon()
+        ):
+            self._on_readable()  # the client has got the answer that it waited for, and goes on
 
     def _lost(self, error: OSError) -> None:
+        """The socket has failed. A peer that has sent DISC and doesn't wait for its replies gets none."""
         log.debug("connection lost peer=%s: %s", self.peer, error)
-        self._die()
+        if not self._finishing and self.hung_up() and self._leaves_in_order():
+            self._sender.drop()
+        else:
+            self._die()
 
     def _die(self) -> None:
         """Nothing is received or sent any more. The socket goes now, the volume when the tasks have ended."""
         self._dead = True
+        self._took_all.set()
         self._pause()
         self._sender.drop()
         with contextlib.suppress(OSError):

@@ -4,22 +4,37 @@ Runs in the server's own event loop; every handler either answers from memory or
 socket may do everything: the file's mode is the access control.
 """
 
+import logging
 import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
-from nbdserver.control_api import BODY_BYTES_MAX, CreateVdi, ErrorReply, ServerStatus, Status, http_status
+from nbdserver.control_api import (
+    BODY_BYTES_MAX,
+    Copies,
+    CreateVdi,
+    ErrorReply,
+    RecoveryRate,
+    ServerStatus,
+    Status,
+    ZoneChange,
+    http_status,
+)
 from objstore.errors import Busy, InvalidRequest, StoreError
-from objstore.volume.status import StoreStatus, VdiStatus
+from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus
 
 SHUTDOWN_SECONDS: Final = 10.0
 """How long `stop` waits for requests that are being answered."""
+
+T = TypeVar("T")
+HTTP_LOG: Final = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -34,6 +49,13 @@ class ControlledStore(Protocol):
         self, name: str, size_bytes: int, *, copies: int | None = None, mode: str = ..., prealloc: bool = False
     ) -> VdiStatus: ...
     async def delete_vdi(self, name: str) -> None: ...
+    async def damage(self, name: str) -> VdiDamage: ...
+    async def start_scrub(self) -> ScrubStatus: ...
+    async def set_copies(self, name: str, copies: int) -> VdiStatus: ...
+    def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus: ...
+    async def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> None: ...
 
 
 class ControlServer:
@@ -49,7 +71,16 @@ class ControlServer:
         app.router.add_post("/v1/vdis", self._post_vdi)
         app.router.add_get("/v1/vdis/{name}", self._get_vdi)
         app.router.add_delete("/v1/vdis/{name}", self._delete_vdi)
-        self._runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+        app.router.add_get("/v1/vdis/{name}/damage", self._get_damage)
+        app.router.add_get("/v1/scrub", self._get_scrub)
+        app.router.add_post("/v1/scrub", self._post_scrub)
+        app.router.add_get("/v1/recovery", self._get_recovery)
+        app.router.add_put("/v1/recovery", self._put_recovery)
+        app.router.add_put("/v1/vdis/{name}/copies", self._put_copies)
+        app.router.add_post("/v1/zones", self._post_zones)
+        self._runner = web.AppRunner(
+            app, handle_signals=False, access_log=None, logger=HTTP_LOG, shutdown_timeout=SHUTDOWN_SECONDS
+        )
 
     async def start(self, path: Path) -> None:
         """Answer on `path`, replacing a socket that a killed server left there.
@@ -78,10 +109,7 @@ class ControlServer:
         return _json(self._store.vdi(request.match_info["name"]))
 
     async def _post_vdi(self, request: web.Request) -> web.Response:
-        try:
-            wanted = msgspec.json.decode(await request.read(), type=CreateVdi)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"request body: {error}") from error
+        wanted = await _body(request, CreateVdi)
         created = await self._store.create_vdi(
             wanted.name, wanted.size_bytes, copies=wanted.copies, mode=wanted.mode, prealloc=wanted.prealloc
         )
@@ -90,6 +118,50 @@ class ControlServer:
     async def _delete_vdi(self, request: web.Request) -> web.Response:
         await self._store.delete_vdi(request.match_info["name"])
         return web.Response(status=204)
+
+    async def _get_damage(self, request: web.Request) -> web.Response:
+        return _json(await self._store.damage(request.match_info["name"]))
+
+    async def _get_scrub(self, _request: web.Request) -> web.Response:
+        return _json((await self._store.status()).scrub)
+
+    async def _post_scrub(self, _request: web.Request) -> web.Response:
+        return _json(await self._store.start_scrub(), status=202)
+
+    async def _get_recovery(self, _request: web.Request) -> web.Response:
+        return _json((await self._store.status()).recovery)
+
+    async def _put_recovery(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, RecoveryRate)
+        return _json(self._store.set_recovery_rate(wanted.bytes_per_second_max))
+
+    async def _put_copies(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, Copies)
+        return _json(await self._store.set_copies(request.match_info["name"], wanted.copies))
+
+    async def _post_zones(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, ZoneChange)
+        await self._store.change_zones(
+            wanted.action, wanted.zone, path=wanted.path, weight=wanted.weight, force=wanted.force
+        )
+        return _json((await self._store.status()).zones)
+
+
+async def _body(request: web.Request, kind: type[T]) -> T:
+    """The request's body. InvalidRequest."""
+    try:
+        return msgspec.json.decode(await request.read(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"request body: {error}") from error
+
+
+def _is_our_fault(record: logging.LogRecord) -> bool:
+    """Bytes that are no request of HTTP are answered with 400; a traceback in the log would help nobody."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
+HTTP_LOG.addFilter(_is_our_fault)
 
 
 def _bind(path: Path) -> socket.socket:

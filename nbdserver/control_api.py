@@ -7,6 +7,13 @@ HTTP/1.1 with JSON bodies over a Unix socket of mode 0600. Bodies are the record
     POST   /v1/vdis          CreateVdi -> VdiStatus (201)
     GET    /v1/vdis/NAME     VdiStatus
     DELETE /v1/vdis/NAME     nothing (204)
+    GET    /v1/vdis/NAME/damage   VdiDamage
+    GET    /v1/scrub         ScrubStatus
+    POST   /v1/scrub         ScrubStatus; a pass begins (202)
+    GET    /v1/recovery      RecoveryStatus
+    PUT    /v1/recovery      RecoveryRate -> RecoveryStatus
+    PUT    /v1/vdis/NAME/copies   Copies -> VdiStatus
+    POST   /v1/zones         ZoneChange -> list of ZoneStatus
     any error                ErrorReply, its HTTP status from STATUS_OF_ERROR
 """
 
@@ -37,6 +44,29 @@ class CreateVdi(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     copies: int | None = None
     mode: str = MODES[0]
     prealloc: bool = False
+
+
+class Copies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many copies a VDI is to have."""
+
+    copies: int
+
+
+class RecoveryRate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The most that recovery copies; 0 = no limit."""
+
+    bytes_per_second_max: int
+
+
+class ZoneChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """action: add, drain, remove, replace, set-weight. zone: path, number or beginning of the id of an existing one, or
+    the path of the new one (add). path: of the new one (replace). weight: add, set-weight."""
+
+    action: str
+    zone: str
+    path: str | None = None
+    weight: float | None = None
+    force: bool = False
 
 
 class ServerStatus(Struct, frozen=True, kw_only=True):

@@ -3,14 +3,15 @@
 import http.client
 import os
 import socket
+import time
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import msgspec
 
-from nbdserver.control_api import CreateVdi, ErrorReply, Status, error_from_reply
+from nbdserver.control_api import Copies, CreateVdi, ErrorReply, RecoveryRate, Status, ZoneChange, error_from_reply
 from objstore.errors import StoreError, Unavailable
-from objstore.volume.status import VdiStatus
+from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
 
 REPLY_SECONDS_MAX: Final = 600.0
 """Longest wait for an answer; only a preallocation of a large VDI takes more than a moment."""
@@ -72,6 +73,34 @@ class ControlClient:
 
     def delete_vdi(self, name: str) -> None:
         self._request("DELETE", _vdi_path(name), None)
+
+    def damage(self, name: str) -> VdiDamage:
+        return self._ask("GET", _vdi_path(name) + "/damage", VdiDamage)
+
+    def start_scrub(self) -> ScrubStatus:
+        return self._ask("POST", "/v1/scrub", ScrubStatus)
+
+    def scrub_status(self) -> ScrubStatus:
+        return self._ask("GET", "/v1/scrub", ScrubStatus)
+
+    def recovery_status(self) -> RecoveryStatus:
+        return self._ask("GET", "/v1/recovery", RecoveryStatus)
+
+    def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus:
+        return self._ask("PUT", "/v1/recovery", RecoveryStatus, RecoveryRate(bytes_per_second_max=bytes_per_second))
+
+    def set_copies(self, name: str, copies: int) -> VdiStatus:
+        return self._ask("PUT", _vdi_path(name) + "/copies", VdiStatus, Copies(copies=copies))
+
+    def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> list[ZoneStatus]:
+        change = ZoneChange(action=action, zone=zone, path=path, weight=weight, force=force)
+        return self._ask("POST", "/v1/zones", list[ZoneStatus], change)
+
+    def wait(self, seconds: float) -> None:
+        """Let the server work."""
+        time.sleep(seconds)
 
     def _ask(self, method: str, path: str, answer: type[T], body: Any = None) -> T:
         reply = self._request(method, path, body)

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from nbdserver.buffers import HEAD_BYTES, Buffer, BufferPool
 from nbdserver.chunks import SPARSE_BYTES_MIN, damaged, sparse
+from nbdserver.complaints import Complaints
 from nbdserver.exports import CONTEXTS, STATUS_EXTENTS_MAX
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
@@ -97,12 +98,12 @@ def option_error(error: Exception) -> tuple[OptionReply, str]:
     return OptionReply.ERR_UNKNOWN, "internal error of the server; see its log"
 
 
-async def open_volume(source: VolumeSource, name: str) -> Volume | tuple[OptionReply, str]:
+async def open_volume(source: VolumeSource, name: str, complain: Complaints) -> Volume | tuple[OptionReply, str]:
     """The volume behind an export, or what to tell the client why there is none."""
     try:
         return await source.open(name)
     except Exception as error:  # noqa: BLE001 - whatever it is, the client gets its reply
-        log.warning("export can't be opened name=%s: %s", name, error)
+        complain(("open", name), "export can't be opened name=%s: %s", name, error)
         return option_error(error)
 
 
@@ -128,6 +129,11 @@ class Outbox(Protocol):
     def finish(self) -> None:
         """Take no more requests; end the connection when everything has been answered and sent."""
         ...
+
+
+FLUSHES_REPEATED_MAX: Final = 3
+"""More flushes than that for one and the same state come from a client that repeats a flush until it is answered (fio
+sends 20 times as many as it needs); while they wait, its connection is not read."""
 
 
 class FlushGroup(NamedTuple):
@@ -223,6 +229,12 @@ class Dispatch:
         if command == _READ and length > REQUEST_BYTES_MAX:
             return ErrorValue.EINVAL, f"a read is at most {REQUEST_BYTES_MAX} bytes, not {length}"
         return None
+
+    @property
+    def repeating(self) -> bool:
+        """The client repeats a flush that is under way; it has nothing else to say."""
+        group = self._flush_group
+        return group is not None and len(group.waiting) > FLUSHES_REPEATED_MAX
 
     def refuses(self, command: int, flags: int, offset: int, length: int) -> bool:
         """The payload of this request need not be kept: it will be refused, or the command has no long payload."""

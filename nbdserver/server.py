@@ -57,7 +57,10 @@ class Listener(NamedTuple):
         if parts.query or parts.fragment or parts.username is not None:
             raise ValueError(f"listener is unix:///PATH or tcp://HOST:PORT, not {text!r}")
         if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and len(parts.path) > 1:
-            return cls(path=unquote(parts.path))
+            path = unquote(parts.path, errors="surrogateescape")
+            if "\0" in path:
+                raise ValueError(f"a path has no NUL characters, but {text!r} has")
+            return cls(path=path)
         if parts.scheme == "tcp" and parts.hostname and parts.path in ("", "/"):
             return cls(host=parts.hostname, port=PORT if parts.port is None else parts.port)
         raise ValueError(f"listener is unix:///PATH or tcp://HOST:PORT, not {text!r}")
@@ -124,7 +127,7 @@ class Server:
         names = {connection.export for connection in self._connections}
         volumes = [await self._hold(name) for name in names if name is not None]
         for connection in list(self._connections):
-            connection.finish()
+            connection.stop()
         tasks = list(self._connections.values())
         if tasks:
             _, pending = await asyncio.wait(tasks, timeout=self.settings.stop_seconds)
@@ -207,7 +210,9 @@ class Server:
                 continue
             sock.setblocking(False)
             if len(self._connections) >= self.settings.connections_max:
-                log.warning("connection refused: connections_max=%d are open", self.settings.connections_max)
+                self._common.complain(
+                    "refused", "connection refused: connections_max=%d are open", self.settings.connections_max
+                )
                 sock.close()
                 continue
             try:
@@ -221,7 +226,7 @@ class Server:
             task.add_done_callback(partial(self._gone, connection))
 
     def _pause_accepting(self, listening: socket.socket, error: OSError) -> None:
-        log.error("no connection can be accepted for now: %s", error)
+        self._common.complain("accept", "no connection can be accepted for now: %s", error)
         loop = asyncio.get_running_loop()
         loop.remove_reader(listening.fileno())
         loop.call_later(ACCEPT_PAUSE_SECONDS, self._accept_again, listening)
@@ -244,17 +249,24 @@ class Server:
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def _entered(self, newcomer: Connection) -> None:
+    async def _entered(self, newcomer: Connection) -> None:
         """A client that reconnects may have left a connection behind whose writes are older than what it will send:
-        connections of the export whose peer has hung up end, and what they had not read is dropped."""
-        for connection in list(self._connections):
-            if (
-                connection is not newcomer
-                and connection.export == newcomer.export
-                and connection.hung_up()
-                and not connection.disconnected
-            ):
+        connections of the export whose peer has hung up end, and what they had not read is dropped. Those that ended
+        with DISC finish first, as long as that takes less than stall_seconds."""
+        before = [c for c in self._connections if c is not newcomer and c.export == newcomer.export]
+        leaving = []
+        for connection in before:
+            if not connection.alive():
                 connection.abort("its peer hung up and the export has a newer client")
+            elif connection.disconnected or connection.hung_up():
+                leaving.append(connection)
+        try:
+            async with asyncio.timeout(self.settings.stall_seconds):
+                for connection in leaving:
+                    await connection.settled()
+        except TimeoutError:
+            for connection in leaving:
+                connection.revoke("it does not come to its end and the export has a newer client")
 
     def _gone(self, connection: Connection, task: asyncio.Task[None]) -> None:
         del self._connections[connection]

@@ -49,6 +49,8 @@ class ServePlan:
     control: Path | None = None
     store: StoreSettings = field(default_factory=StoreSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
+    force: bool = False
+    """Open the store without zones that may hold something newer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ async def serve(plan: ServePlan, ready: Callable[[Ready], None], opened: Callabl
     _raise_descriptor_limit()
     listeners, control = places(plan)
     note = msgspec.json.encode(LockNote(pid=os.getpid(), control=os.fspath(control))).decode()
-    store = await open_store(_all_zones(plan.zones), settings=plan.store, create=True, lock_note=note)
+    store = await open_store(_all_zones(plan.zones), settings=plan.store, create=True, lock_note=note, force=plan.force)
     _tune_collector()
     opened()
     try:

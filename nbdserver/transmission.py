@@ -134,6 +134,25 @@ class Transmission:
         self._buffer = buffer
         self._rest = buffer.data[arrived:length]
 
+    def leads_to_disconnect(self, unread: bytes) -> bool:
+        """Whether DISC follows in order. unread: what the peer has sent beyond what was received, the end of its stream
+        included."""
+        data = self._parked + self._shared[self._start : self._end] + unread
+        at = len(self._rest) if self._buffer is not None else self._skip_bytes + self.wants_bytes
+        payload_flag = _PAYLOAD_LEN if self._extended else 0
+        while at + self._header_bytes <= len(data):
+            magic, flags, command, _, _, length = self._unpack(data, at)
+            if magic != self._magic:
+                return False
+            at += self._header_bytes
+            if flags & payload_flag or (command == _WRITE and not payload_flag):
+                if length > self._payload_bytes_max:
+                    return False
+                at += length
+            elif command == _DISC:
+                return True
+        return False
+
     def abandon(self) -> Buffer | None:
         """The connection ends: the buffer of an unfinished payload, to be given back."""
         buffer, self._buffer = self._buffer, None

@@ -1,5 +1,6 @@
-"""What a VDI (or, later, a snapshot's tag) may be called."""
+"""What things may be called: VDIs (later, snapshots' tags), paths, numbered objects of a zone."""
 
+import re
 import unicodedata
 from typing import Final
 
@@ -7,6 +8,7 @@ from objstore.errors import InvalidRequest
 
 NAME_BYTES_MAX: Final = 200
 
+_NUMBERED: Final = re.compile(r"/([0-9a-f]{8})\Z")
 _RESERVED: Final = "/@:"
 """Path separator, tag separator (disk@tag) and the separator of NAME:SIZE on the command line."""
 _NEVER: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -28,6 +30,21 @@ def check_name(name: str) -> None:
         raise InvalidRequest(
             f"VDI name {_quoted(name)} has {length_bytes} bytes of UTF-8; at most {NAME_BYTES_MAX} are allowed"
         )
+
+
+def check_path(path: str, what: str) -> None:
+    """InvalidRequest, naming `what` it is for, unless a file can have this name and a message or a note can tell it."""
+    if not path:
+        raise InvalidRequest(f"{what}: the path is empty")
+    for character in path:
+        if character == "\0" or unicodedata.category(character) == "Cs":
+            raise InvalidRequest(f"{what} {path!a}: a path is UTF-8 without NUL characters")
+
+
+def object_number(name: str) -> int | None:
+    """The number that an object's name ends with, None if it is none of ours."""
+    match = _NUMBERED.search(name)
+    return int(match[1], 16) if match else None
 
 
 def _quoted(name: str) -> str:

@@ -13,8 +13,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from tests.support.clients import missing
+
+# How long an example takes says something about the machine, and nothing about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:

@@ -10,6 +10,7 @@ import pytest
 
 from nbdserver.cli import EXIT_CODES, EXIT_INTERRUPTED
 from nbdserver.cli_arguments import Parser, build_parser
+from nbdserver.cli_check import EXIT_CODES as CHECK_EXIT_CODES
 from nbdserver.config import SERVER_BOUNDS, VdiConfig, load
 from nbdserver.server import ServerSettings
 from objstore.volume.settings import MODES, StoreSettings
@@ -44,7 +45,7 @@ def test_every_option_is_described(option: str) -> None:
     assert re.search(rf"`[^`\n]*(?<![\w-]){option}(?![\w-])", README)
 
 
-@pytest.mark.parametrize("code", sorted({0, *EXIT_CODES.values(), EXIT_INTERRUPTED}))
+@pytest.mark.parametrize("code", sorted({0, *EXIT_CODES.values(), *CHECK_EXIT_CODES.values(), EXIT_INTERRUPTED}))
 def test_every_exit_code_is_described(code: int) -> None:
     assert re.search(rf"^\| {code} \| \w", README, re.MULTILINE)
 

@@ -28,21 +28,23 @@ CONTROL = {"nbdserver.control_api", "nbdserver.control", "nbdserver.control_clie
 MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it may import besides itself and BASE
     "objstore.backend": set(),
     "objstore.format": set(),
+    "objstore.check": set(),
     "objstore.replica": {"objstore.backend", "objstore.format"},
     "objstore.log": {"objstore.replica", "objstore.backend", "objstore.format"},
     "objstore.volume": {"objstore.log", "objstore.replica", "objstore.backend", "objstore.format"},
     "nbdserver.wire": set(),
     "nbdserver.buffers": set(),
+    "nbdserver.complaints": set(),
     "nbdserver.exports": WIRE,
     "nbdserver.handshake": WIRE | {"nbdserver.exports"},
     "nbdserver.transmission": WIRE,
     "nbdserver.chunks": WIRE,
-    "nbdserver.dispatch": WIRE | MACHINES | {"nbdserver.exports", "nbdserver.chunks"},
+    "nbdserver.dispatch": WIRE | MACHINES | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.complaints"},
     "nbdserver.sending": WIRE,
     "nbdserver.settings": {"nbdserver.handshake"},
     "nbdserver.connection": WIRE
     | MACHINES
-    | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings"},
+    | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings", "nbdserver.complaints"},
     "nbdserver.server": WIRE | MACHINES | CONNECTION,
     "nbdserver.config": {"nbdserver.server"},
     "nbdserver.runtime": set(),
@@ -55,13 +57,17 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.cli_arguments": set(),
     "nbdserver.cli_progress": set(),
     "nbdserver.cli_output": CONTROL,
+    "nbdserver.cli_copies": {"nbdserver.cli_admin", "nbdserver.cli_output"},
     "nbdserver.cli_admin": CONTROL | {"nbdserver.cli_progress", "objstore.volume.store"},
+    "nbdserver.cli_check": {"nbdserver.cli_progress", "nbdserver.cli_output", "objstore.check"},
     "nbdserver.cli_commands": SERVER
     | {
         "nbdserver.service",
+        "nbdserver.cli_check",
         "nbdserver.cli_arguments",
         "nbdserver.cli_admin",
         "nbdserver.cli_output",
+        "nbdserver.cli_copies",
         "nbdserver.cli_progress",
     },
     "nbdserver.__main__": {"nbdserver.cli"},
@@ -126,6 +132,21 @@ def test_imports_point_downwards(name: str) -> None:
         if target.split(".")[0] in ("nbdserver", "objstore"):
             fits = any(target == prefix or target.startswith(prefix + ".") for prefix in allowed)
             assert fits, f"{name} ({own}) imports {target}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("objstore.check")])
+def test_the_check_is_a_reader_of_its_own(name: str) -> None:
+    """It proves nothing about the format if it shares a decoder, or a constant, with what wrote the bytes."""
+    shared = {"objstore.errors"}
+    ours = {target for target in imports(name) if target.split(".")[0] in ("nbdserver", "objstore")}
+    foreign = {target for target in ours if target not in shared and not target.startswith("objstore.check")}
+    assert not foreign, f"{name} imports {foreign}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("objstore.check")])
+def test_only_the_command_line_imports_the_check(name: str) -> None:
+    used = {target for target in imports(name) if target.startswith("objstore.check")}
+    assert not used or name == "nbdserver.cli_check", f"{name} imports {used}"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(NO_IO)])

@@ -41,16 +41,26 @@ class Handle(ABC):
 
     @abstractmethod
     def write(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
-        """Write all the buffers one behind the other from offset_bytes on (inside the size set aside). Not durable."""
+        """Write all the buffers one behind the other from offset_bytes on (inside the size set aside). Not durable.
+        NoSpace (file systems that copy on write): nothing was sent to the device, the same write may be tried again."""
+
+    @abstractmethod
+    def write_soon(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
+        """As write, and the transfer to the medium begins at once as far as the backend can; not waited for."""
+
+    @abstractmethod
+    def write_around(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
+        """As write, for what is not going to be read here: around the host's cache as far as the backend can."""
 
     @abstractmethod
     def write_durable(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
-        """As write, and exactly these bytes are durable on return; promises nothing about earlier writes."""
+        """As write, and exactly these bytes are durable on return; promises nothing about earlier writes. NoSpace:
+        these bytes are unknown, and no others; they may be written again."""
 
     @abstractmethod
     def sync(self) -> None:
-        """Every write of this handle that returned before this call is durable on return. After an error nothing is
-        known, and a second call may not be believed."""
+        """Every write of this handle that returned before this call is durable on return. After an error, NoSpace
+        included, nothing is known, and every later sync or write_durable of the handle is ZoneFailed."""
 
     @abstractmethod
     def truncate(self, size_bytes: int) -> None:
@@ -90,7 +100,12 @@ class Writer(ABC):
 
 
 class Backend(ABC):
-    """Where one zone keeps its objects."""
+    """Where one zone keeps its objects.
+
+    device: equal for backends whose syncs wait for the same device anyway (None: nothing is known); see lane.py.
+    """
+
+    device: int | None = None
 
     @abstractmethod
     def put(self, name: str, data: bytes) -> None:
@@ -151,6 +166,10 @@ class Backend(ABC):
     @abstractmethod
     def used_bytes(self) -> int:
         """Space that this backend's objects take now, its pool included (st_blocks on directories)."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """ZoneFailed or NotFound unless the zone is still where it was opened, is the same one and can be written."""
 
     @abstractmethod
     def lock(self, note: str) -> None:

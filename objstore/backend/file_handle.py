@@ -12,7 +12,7 @@ from typing import Final
 
 from objstore.backend.base import Handle, ZoneFailed
 from objstore.backend.filesystem import FileSystem
-from objstore.backend.oserrors import translated
+from objstore.backend.oserrors import FULL_ERRNOS, translated
 from objstore.errors import InvalidRequest, StoreError
 
 IOV_MAX: Final = 1024
@@ -43,6 +43,7 @@ class FileHandle(Handle):
     __slots__ = (
         "_able",
         "_broken",
+        "_cached_only",
         "_direct_fd",
         "_fd",
         "_fs",
@@ -50,13 +51,24 @@ class FileHandle(Handle):
         "_preadv",
         "_pwritev",
         "_resized",
+        "_writable",
         "_zone",
         "name",
         "recycled",
         "size_bytes",
     )
 
-    def __init__(self, fs: FileSystem, able: ZoneAbilities, zone: str, name: str, fd: int, size_bytes: int) -> None:
+    def __init__(
+        self,
+        fs: FileSystem,
+        able: ZoneAbilities,
+        zone: str,
+        name: str,
+        fd: int,
+        size_bytes: int,
+        *,
+        writable: bool = True,
+    ) -> None:
         self.name = name
         self.size_bytes = size_bytes
         self._fs = fs
@@ -68,6 +80,8 @@ class FileHandle(Handle):
         self._fd = fd
         self._direct_fd = -1
         self._resized = False
+        self._cached_only = False
+        self._writable = writable
         self._broken: str | None = None
         self.recycled = False
 
@@ -79,6 +93,27 @@ class FileHandle(Handle):
             _write(self._pwritev, self._fd, buffers, offset_bytes, want, 0)
         except OSError as error:
             raise self._failed(error, "write", written_back=False) from error
+
+    def write_soon(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
+        self.write(offset_bytes, buffers)
+        try:
+            self._fs.start_writeback(self._fd, offset_bytes, _length(buffers))
+        except OSError as error:
+            raise self._failed(error, "write_soon") from error
+
+    def write_around(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
+        want = self._write_length(offset_bytes, buffers)
+        fd = -1 if (offset_bytes | want) & (DIRECT_ALIGN_BYTES - 1) else self._around()
+        if fd >= 0:
+            try:
+                _write(self._pwritev, fd, buffers, offset_bytes, want, 0)
+            except OSError as error:
+                if error.errno not in (EINVAL, EOPNOTSUPP):
+                    raise self._failed(error, "write_around") from error
+                self._cached_only = True
+            else:
+                return
+        self.write(offset_bytes, buffers)
 
     def write_durable(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
         want = self._write_length(offset_bytes, buffers)
@@ -97,7 +132,8 @@ class FileHandle(Handle):
             _write(self._pwritev, self._fd, buffers, offset_bytes, want, 0)
             self._sync()
         except OSError as error:
-            raise self._failed(error, "write_durable") from error
+            # Without space these bytes are unknown, and no others: whoever writes them again makes their pages dirty.
+            raise self._failed(error, "write_durable", written_back=error.errno not in FULL_ERRNOS) from error
 
     def sync(self) -> None:
         if self._broken is not None:
@@ -193,12 +229,34 @@ class FileHandle(Handle):
             self._broken = f"an earlier error stands: {failure}"
         return failure
 
+    def _around(self) -> int:
+        """A descriptor for writes around the page cache; -1: none is to be had, which is no fault of the zone."""
+        if self._cached_only or not self._able.direct:
+            return -1
+        try:
+            return self._direct()
+        except OSError:
+            self._cached_only = True
+            return -1
+
+    def _direct(self) -> int:
+        """A descriptor of the file that goes around the page cache. OSError: the file system has none."""
+        if self._direct_fd < 0:
+            access = os.O_RDWR if self._writable else os.O_RDONLY
+            self._direct_fd = self._fs.reopen(self._fd, access | os.O_CLOEXEC | os.O_DIRECT)
+        return self._direct_fd
+
     def _read_direct(self, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
         """Read around the page cache through an aligned buffer. Dirty pages are written to the device first."""
-        if self._direct_fd < 0:
-            self._direct_fd = self._fs.reopen(self._fd, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        direct_fd = self._direct()
         targets = [view for view in buffers if view.nbytes]
         want = sum(view.nbytes for view in targets)
+        if len(targets) == 1 and not (offset_bytes | want) % DIRECT_ALIGN_BYTES:
+            try:
+                return _move_all(self._preadv, self._direct_fd, targets, offset_bytes, want, 0)
+            except OSError as error:
+                if error.errno != EINVAL:
+                    raise  # else the memory is not aligned
         start = offset_bytes - offset_bytes % DIRECT_ALIGN_BYTES
         lead = offset_bytes - start
         span = -(-(lead + want) // DIRECT_ALIGN_BYTES) * DIRECT_ALIGN_BYTES
@@ -208,7 +266,7 @@ class FileHandle(Handle):
         bounce = memoryview(mmap.mmap(-1, min(span, BOUNCE_BYTES)))
         while done < want:
             length = min(span, len(bounce))
-            got = self._preadv(self._direct_fd, [bounce[:length]], start)
+            got = self._preadv(direct_fd, [bounce[:length]], start)
             fresh = bounce[lead : min(got, lead + want - done)]
             done += len(fresh)
             targets = _fill(targets, fresh)

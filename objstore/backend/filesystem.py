@@ -5,6 +5,7 @@ real one adds no Python frame to a call. Paths are relative to `dir_fd`: a zone 
 also when something else is mounted over its path later.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -14,6 +15,9 @@ from typing import Final, Protocol
 
 _FLOCK: Final = struct.Struct("@hhqqi4x")
 """struct flock of fcntl(2): type, whence, start, length, pid."""
+_SYNC_FILE_RANGE: Final = ctypes.CDLL(None, use_errno=True).sync_file_range
+_SYNC_FILE_RANGE.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
@@ -31,6 +35,10 @@ class FileSystem(Protocol):
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0, /) -> int: ...
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0, /) -> int: ...
+
+    def start_writeback(self, fd: int, offset: int, length: int, /) -> None:
+        """sync_file_range(2) with SYNC_FILE_RANGE_WRITE: begin to write that range out; promises nothing."""
+        ...
 
     def fdatasync(self, fd: int, /) -> None: ...
 
@@ -89,6 +97,14 @@ class OsFileSystem:
     stat = staticmethod(os.stat)
     fstat = staticmethod(os.fstat)
     fstatvfs = staticmethod(os.fstatvfs)
+
+    @staticmethod
+    def start_writeback(fd: int, offset: int, length: int, /) -> None:
+        if _SYNC_FILE_RANGE(fd, offset, length, _SYNC_FILE_RANGE_WRITE):
+            number = ctypes.get_errno()
+            # File systems and sandboxes without it lose nothing: the sync that follows does all of the work.
+            if number not in (errno.ESPIPE, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
+                raise OSError(number, os.strerror(number))
 
     @staticmethod
     def listdir(fd: int, /) -> list[str]:

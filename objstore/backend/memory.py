@@ -112,6 +112,9 @@ class MemoryBackend(Backend):
         with self._storage.mutex:
             return self._storage.used_bytes()
 
+    def check(self) -> None:
+        return None
+
     def lock(self, note: str) -> None:
         with self._storage.mutex:
             if self._storage.holder is not None:
@@ -157,6 +160,12 @@ class MemoryHandle(Handle):
                 f" size_bytes={self.size_bytes} name={self.name} zone=memory"
             )
         self._data[offset_bytes : offset_bytes + len(piece)] = piece
+
+    def write_soon(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
+        self.write(offset_bytes, buffers)
+
+    def write_around(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
+        self.write(offset_bytes, buffers)
 
     def write_durable(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
         self.write(offset_bytes, buffers)

@@ -28,15 +28,25 @@ class DeleteEntry(msgspec.Struct, frozen=True, tag="delete", kw_only=True):
     vdi_id: int
 
 
+class TailRow(msgspec.Struct, frozen=True, array_like=True):
+    """A sealed segment that the tail of a log begins with. zones: mask of those that hold it."""
+
+    number: int
+    seal_crc: int
+    zones: int
+
+
 class HeadEntry(msgspec.Struct, frozen=True, tag="head", kw_only=True):
     """The head record of a log: see objstore.log.opening.Head."""
 
     log: int
     generation: int
-    tail: list[int]
+    tail: list[TailRow]
     first_number: int
     checkpoint: int
     clean: bool
+    epoch: str
+    copies: int
 
 
 class PurgedEntry(msgspec.Struct, frozen=True, tag="purged", kw_only=True):

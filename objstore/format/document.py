@@ -18,12 +18,35 @@ FORMAT_VERSION: Final = 1
 _LINE: Final = re.compile(rb"SHEEPFOLD ([a-z]+) ([1-9][0-9]{0,8}) crc32c=([0-9a-f]{8})\n")
 
 
-class Member(msgspec.Struct, frozen=True):
-    """A zone of a store: its number (never used again), identity (hex) and last known place."""
+class Known(msgspec.Struct, frozen=True):
+    """A zone that a superblock tells of: its number, identity (hex) and last known place."""
 
     number: int
     id: str
     path: str
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """A zone that takes part in an epoch. weight: its share of new data, relative to the others'. state: `in`, or
+    `draining` (gets no new segments)."""
+
+    number: int
+    id: str
+    path: str
+    weight: float = 1.0
+    state: str = "in"
+
+
+class Outside(msgspec.Struct, frozen=True, kw_only=True):
+    """A zone of the store that is no member of an epoch. since: number of the first epoch without it."""
+
+    number: int
+    id: str
+    path: str
+    weight: float
+    state: str
+    since: int
+    reason: str
 
 
 class Superblock(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +55,7 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     store: str
     zone: str
     number: int
-    members: list[Member]
+    members: list[Known]
     created: float
     features_read: list[str] = []
     features_write: list[str] = []
@@ -50,15 +73,23 @@ class CatalogHead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Epoch(msgspec.Struct, frozen=True, kw_only=True):
-    """A membership. One is written at every start; it is complete when all its members hold it."""
+    """A membership (objstore/replica/epochs.py has the rules). start: written by an opening of the store, before it
+    touched any data; else written by one that was open. next_zone: the lowest zone number that was never used.
+    complete: every member held the record when this copy was written. forced: the administrator had it opened although
+    zones were missing that may have held something newer."""
 
     number: int
     id: str
     parent: str
-    members: list[int]
+    members: list[Member]
+    out: list[Outside]
     w: int
     wall: float
+    start: bool
     catalog: CatalogHead
+    next_zone: int
+    complete: bool = False
+    forced: bool = False
 
 
 def encode_document(kind: str, body: msgspec.Struct) -> bytes:

@@ -1,36 +1,29 @@
 """The block map of one VDI: for each block of 4 KiB, where its newest content lies.
 
-Regions of 1,024 blocks in a dict, each in the smallest of the forms of regions.py; an absent region is a hole, and a
-clean one can be replaced by the PageRef of its page in a checkpoint. No I/O and no awaiting; one thread, one owner.
+Regions of 1,024 blocks, kept by regionmap.py. No I/O and no awaiting; one thread, one owner.
 
-Limits: EXTENTS_WORK_MAX bounds one `extents` call whatever the disk's size. `fill` and `truncate` take 0.3 us for each
-    region that exists in their range (RESERVED: in their range); nothing else depends on the size of the disk.
-Memory: 8.2 KiB for a region of entries, 0.2-1.2 KiB for a run table, 0.1-0.3 KiB for one run or a PageRef.
+Limits: EXTENTS_WORK_MAX bounds one `extents` call whatever the disk's size. `fill_steps` takes 1 us for each region
+    that exists in its range (RESERVED: in its range), at most FILL_STEP of them a step; nothing else depends on the
+    size of the disk.
 
-Holds at every return:
-- An address belongs to the map of exactly this disk: blocks and ranges are checked by the caller.
-- A region differs from its page in the newest checkpoint only if it is in `dirty` or owed to the frozen view.
-- A value that the frozen view owes is not changed in place: the array form is copied before its first change.
-- `_open` holds the arrays that may be changed in place at once: dirty, not owed. It is what makes set_one cheap.
-- A PageRef is clean. Whatever needs the entries of a region that is one raises NotLoaded and has changed nothing.
+Holds at every return: an address belongs to the map of exactly this disk; blocks and ranges are checked by the caller.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple, TypeAlias, final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from objstore.log.address import BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED, SEGMENT_BLOCKS_MAX
-from objstore.log.eviction import EvictionClock
 from objstore.log.mapbulk import BATCH_MAX, heads_of, keep_last, merge_runs, tally_regions
+from objstore.log.regionmap import Frozen, NotLoaded, PageRef, RegionMap
 from objstore.log.regions import (
     TABLE_RUNS_MAX,
-    Entries,
     Integers,
     Region,
     RunTable,
@@ -38,7 +31,6 @@ from objstore.log.regions import (
     append_run,
     check_runs,
     compact,
-    encode_region,
     entry_at,
     expand,
     kinds_of,
@@ -51,6 +43,8 @@ from objstore.log.regions import (
 )
 from objstore.units import BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK, REGION_SHIFT, VDI_BYTES_MAX
 
+__all__ = ["BlockMap", "Frozen", "NotLoaded", "PageRef"]
+
 BLOCKS_MAX: Final = VDI_BYTES_MAX >> BLOCK_SHIFT
 RUNS_MAX: Final = 1 << 16
 INSERT_RUNS_MAX: Final = 8
@@ -61,74 +55,27 @@ DENSE_RUNS_MIN: Final = 32
 """A replayed region that gets more runs at once goes to the array form without counting them."""
 FILL_TALLY_MAX: Final = 64
 """Whole regions that one fill counts itself (10 us each); beyond that they are queued in `dropped`."""
+FILL_STEP: Final = 1 << 12
+"""Regions that one step of a fill changes, or looks for: 4 ms."""
 EXTENTS_WORK_MAX: Final = 1 << 14
 EXTENTS_WORK_REGION: Final = 64
 """Work of one `extents` call: 1 for an absent region (30 ns), 64 for another (2-5 us): about 1 ms."""
 
-REGION_OVERHEAD_BYTES: Final = 100
-"""Key and slot of the dict (measured on 2^18 regions)."""
-ARRAY_BYTES: Final = 80 + 8 * REGION_BLOCKS
-TABLE_BYTES: Final = 80
-TABLE_RUN_BYTES: Final = 16
-PAGE_REF_BYTES: Final = 170
-INT_BYTES: Final = 36
-EVICTION_BYTES_MIN: Final = 2 * (REGION_OVERHEAD_BYTES + PAGE_REF_BYTES)
-"""Smaller regions stay: a PageRef in their place would save little (a table of 4 runs: nothing)."""
 
-
-@final
-class PageRef(NamedTuple):
-    """Where the page of a clean region lies: numbers that only whoever stores pages interprets."""
-
-    checkpoint: int
-    offset: int
-    length: int
-
-
-Slot: TypeAlias = "Region | PageRef"
-
-
-class NotLoaded(LookupError):
-    """The region's page must be read and handed to `load` first. Internal to the log; never reaches a client."""
-
-    def __init__(self, region: int) -> None:
-        super().__init__(f"region={region}")
-        self.region = region
-
-
-def slot_bytes(value: Slot | None) -> int:
-    """Approximate memory of a region, its place in the dict included."""
-    if value is None:
-        return 0
-    if type(value) is array:
-        return REGION_OVERHEAD_BYTES + ARRAY_BYTES
-    if type(value) is RunTable:
-        return REGION_OVERHEAD_BYTES + TABLE_BYTES + TABLE_RUN_BYTES // 2 * len(value)
-    return REGION_OVERHEAD_BYTES + (PAGE_REF_BYTES if type(value) is PageRef else INT_BYTES)
-
-
-class BlockMap:
+class BlockMap(RegionMap):
     """Maps blocks to entries (address.py).
 
-    regions: read by callers' inner loops: `r = regions.get(block >> 10)`, then for `type(r) is array` the entry is
-        `r[block & 1023]`. Written only here.
-    dirty: regions changed since the last freeze.
-    dropped: whole regions that a large `fill` removed uncounted; see `count_dropped`.
+    dropped: whole regions that a large fill removed uncounted; see `count_dropped`.
     dropped_refs: (region, page) of regions that were replaced as a whole without being loaded; the owner counts them.
     """
 
-    __slots__ = ("_bytes", "_clock", "_frozen", "_open", "dirty", "dropped", "dropped_refs", "regions")
+    __slots__ = ("dropped", "dropped_refs")
 
     def __init__(self, pages: Mapping[int, PageRef] | None = None) -> None:
         """pages: the regions of a checkpoint; without, an empty disk."""
-        self.regions: dict[int, Slot] = dict(pages or {})
-        self.dirty: set[int] = set()
+        super().__init__(pages)
         self.dropped: list[Region] = []
         self.dropped_refs: list[tuple[int, PageRef]] = []
-        self._open: dict[int, Entries] = {}
-        self._frozen: Frozen | None = None
-        self._bytes = sum(map(slot_bytes, self.regions.values()))
-        self._clock = EvictionClock()
 
     # Blocks
 
@@ -168,43 +115,6 @@ class BlockMap:
         old = entry_at(value, index)
         self._put(region, splice(value, index, index + 1, entry, INSERT_RUNS_MAX))
         return old
-
-    def _loaded(self, region: int) -> Region | None:
-        value = self.regions.get(region)
-        if isinstance(value, PageRef):
-            raise NotLoaded(region)
-        return value
-
-    def _writable(self, region: int, values: Entries) -> Entries:
-        """The array of a region, ready to be changed in place."""
-        frozen = self._frozen
-        if frozen is not None and frozen.pages.get(region) is values:
-            values = values[:]
-            self.regions[region] = values
-            frozen.held_bytes += slot_bytes(values)
-        self.dirty.add(region)
-        self._open[region] = values
-        return values
-
-    def _put(self, region: int, value: Region | None) -> None:
-        """Replace a region by a changed one."""
-        self._store(region, value)
-        self.dirty.add(region)
-        if type(value) is array:
-            self._open[region] = value
-        else:
-            self._open.pop(region, None)
-
-    def _store(self, region: int, value: Slot | None) -> None:
-        regions = self.regions
-        old = regions.get(region)
-        self._bytes += slot_bytes(value) - slot_bytes(old)
-        if value is not None:
-            regions[region] = value
-        elif old is not None:
-            del regions[region]
-        if self._frozen is not None and old is not None and self._frozen.pages.get(region) is old:
-            self._frozen.held_bytes += slot_bytes(old)
 
     # Ranges
 
@@ -314,7 +224,16 @@ class BlockMap:
             self._put(region, splice(value, index, stop, entry, TABLE_RUNS_MAX))
 
     def fill(self, first: int, count: int, kind: int) -> dict[int, int]:
-        """Map a range to HOLE or RESERVED. Returns the data blocks replaced, by segment key. NotLoaded.
+        """All of `fill_steps` at once; data blocks replaced, by segment key."""
+        replaced: dict[int, int] = {}
+        for counts in self.fill_steps(first, count, kind):
+            for key, blocks in counts.items():
+                replaced[key] = replaced.get(key, 0) + blocks
+        return replaced
+
+    def fill_steps(self, first: int, count: int, kind: int) -> Iterator[dict[int, int]]:
+        """Map a range to HOLE or RESERVED, a step each time; each gives the data blocks it replaced, by segment key.
+        NotLoaded at the first. Nothing else may make regions in the range until the last step.
 
         Beyond FILL_TALLY_MAX whole regions, those with data are queued in `dropped` instead of being counted, and their
         PageRefs always go to `dropped_refs`.
@@ -329,47 +248,41 @@ class BlockMap:
         if low > high:
             if count > 0:
                 self._lay(high, first & REGION_MASK, end & REGION_MASK, kind, replaced)
-            return replaced
+            yield replaced
+            return
         if first & REGION_MASK:
             self._lay(low - 1, first & REGION_MASK, REGION_BLOCKS, kind, replaced)
+        if end & REGION_MASK:
+            self._lay(high, 0, end & REGION_MASK, kind, replaced)
         if high - low <= FILL_TALLY_MAX:
             for region in range(low, high):
                 if kind or region in self.regions:
                     self._lay(region, 0, REGION_BLOCKS, kind, replaced)
-        else:
-            self._drop(low, high)
-            if kind:
-                self._add_reserved(low, high)
-        if end & REGION_MASK:
-            self._lay(high, 0, end & REGION_MASK, kind, replaced)
-        return replaced
-
-    def _drop(self, low: int, high: int) -> None:
-        """Make regions low..high-1 holes without looking at their entries."""
+            yield replaced
+            return
+        yield replaced
         regions = self.regions
-        if high - low < len(regions):
-            found = list(filter(regions.__contains__, range(low, high)))
+        if kind or high - low < len(regions):
+            for at in range(low, high, FILL_STEP):
+                part = range(at, min(at + FILL_STEP, high))
+                self._drop(part if kind else filter(regions.__contains__, part), kind)
+                yield {}
         else:
-            found = [region for region in regions if low <= region < high]
-        frozen = self._frozen
-        for region in found:
-            value = regions.pop(region)
-            self._bytes -= slot_bytes(value)
+            existing = list(regions)
+            for at in range(0, len(existing), FILL_STEP):
+                part_of = existing[at : at + FILL_STEP]
+                self._drop([region for region in part_of if low <= region < high], kind)
+                yield {}
+
+    def _drop(self, found: Iterable[int], kind: int) -> None:
+        """Replace whole regions without looking at their entries."""
+        for region in list(found):
+            value = self.regions.get(region)
             if isinstance(value, PageRef):
                 self.dropped_refs.append((region, value))
-                continue
-            if value != RESERVED:
+            elif value is not None and value != RESERVED:
                 self.dropped.append(value)
-            if frozen is not None and frozen.pages.get(region) is value:
-                frozen.held_bytes += slot_bytes(value)
-            self._open.pop(region, None)
-        self.dirty.update(found)
-
-    def _add_reserved(self, low: int, high: int) -> None:
-        """Make regions low..high-1, all holes, RESERVED."""
-        self.regions.update(dict.fromkeys(range(low, high), RESERVED))
-        self.dirty.update(range(low, high))
-        self._bytes += (high - low) * slot_bytes(RESERVED)
+            self._put(region, kind or None)
 
     def truncate(self, blocks: int) -> dict[int, int]:
         """Make everything from block `blocks` on a hole, as `fill` does."""
@@ -416,8 +329,9 @@ class BlockMap:
         applied = np.empty(len(lbas), np.bool_)
         region_of = lbas >> REGION_SHIFT
         heads = heads_of(region_of)
-        for region, low, high in zip(region_of[heads].tolist(), heads.tolist(), [*heads[1:].tolist(), len(lbas)],
-                                     strict=True):
+        for region, low, high in zip(
+            region_of[heads].tolist(), heads.tolist(), [*heads[1:].tolist(), len(lbas)], strict=True
+        ):
             value = self._loaded(region)
             values = value if type(value) is array else expand(value)
             where = lbas[low:high] & REGION_MASK
@@ -485,7 +399,16 @@ class BlockMap:
         view(values)[where] = entries
         self._put(region, values)
 
-    # Loading and eviction
+    # What to load, and what it takes
+
+    def grows(self, first: int, count: int) -> bool:
+        """Whether changing the range may pin more memory: some region of it is not a changed array yet."""
+        last = first + count - 1 >> REGION_SHIFT
+        return not all(map(self._open.__contains__, range(first >> REGION_SHIFT, last + 1)))
+
+    def grows_at(self, lbas: U64Array) -> bool:
+        """The same for these blocks."""
+        return not all(map(self._open.__contains__, np.unique(lbas >> REGION_SHIFT).tolist()))
 
     def missing(self, first: int, count: int) -> list[tuple[int, PageRef]]:
         """Regions to load before every block of the range can be looked up."""
@@ -518,118 +441,3 @@ class BlockMap:
     def _check_blocks(self, lbas: U64Array) -> None:
         for region, _ in self.missing_blocks(lbas):
             raise NotLoaded(region)
-
-    def load(self, region: int, ref: PageRef, value: Region) -> bool:
-        """Put in the decoded page that `ref` points to. False, nothing done, if the map no longer says `ref`."""
-        if self.regions.get(region) != ref:
-            return False
-        self._store(region, value)
-        self._clock.loaded(region)
-        return True
-
-    def repoint(self, region: int, old: PageRef, new: PageRef) -> None:
-        """The page of an evicted region has moved (a checkpoint took it over); nothing happens unless it is `old`."""
-        if self.regions.get(region) == old:
-            self.regions[region] = new
-
-    def evict(self, region: int, ref: PageRef) -> bool:
-        """Replace a clean region by its page. False, nothing done, if it is dirty, owed to a frozen view, or no region.
-
-        ref: the page in the newest complete checkpoint.
-        """
-        value = self.regions.get(region)
-        if value is None or isinstance(value, PageRef) or region in self.dirty or self._is_frozen(region):
-            return False
-        self._store(region, ref)
-        self._clock.evicted(region)
-        return True
-
-    def eviction_candidates(self, regions_max: int) -> list[int]:
-        """Clean regions whose eviction frees at least half of their memory, the least wanted first.
-
-        Takes 3 ms at most, and then may return none although there are some further on:
-        call again.
-        """
-        return self._clock.candidates(self.regions, self._can_go, regions_max)
-
-    def _can_go(self, region: int) -> bool:
-        worthwhile = slot_bytes(self.regions.get(region)) >= EVICTION_BYTES_MIN
-        return worthwhile and region not in self.dirty and not self._is_frozen(region)
-
-    def _is_frozen(self, region: int) -> bool:
-        return self._frozen is not None and region in self._frozen.regions
-
-    @property
-    def memory_bytes(self) -> int:
-        """Approximate memory of the regions and of what only a frozen view still holds; without `dropped`."""
-        return self._bytes + (self._frozen.held_bytes if self._frozen is not None else 0)
-
-    # Checkpoints
-
-    def freeze(self) -> Frozen:
-        """Take the dirty regions for a checkpoint, 0.1 us each; what changes from now on belongs to the next one.
-
-        One view at a time: RuntimeError until the last one was finished by `commit` or `abort`.
-        """
-        if self._frozen is not None:
-            raise RuntimeError("a frozen view is not finished")
-        pages = {region: self._loaded(region) for region in self.dirty}
-        self._frozen = Frozen(self, pages)
-        self.dirty = set()
-        self._open = {}
-        return self._frozen
-
-    def _unfreeze(self, dirty: Iterable[int]) -> None:
-        self._frozen = None
-        self.dirty.update(dirty)
-
-    def _release(self, region: int, value: Region, small: Region | None) -> bool:
-        """The frozen view no longer owes a region; unless it was changed since, it is kept in its smallest form.
-
-        True if the map still holds the region's frozen value.
-        """
-        if self.regions.get(region) is not value:
-            return False
-        if small is not value:
-            self._store(region, small)
-        return True
-
-
-class Frozen:
-    """The dirty regions of a BlockMap at the moment of `freeze`, until their checkpoint is complete or given up.
-
-    regions: all of them; none may be evicted before `commit`. pages: those not taken yet (None = now a hole).
-    held_bytes: memory of values that the map itself has replaced since.
-    """
-
-    __slots__ = ("_map", "held_bytes", "pages", "regions")
-
-    def __init__(self, blockmap: BlockMap, pages: dict[int, Region | None]) -> None:
-        self._map = blockmap
-        self.pages = pages
-        self.regions = frozenset(pages)
-        self.held_bytes = 0
-
-    def take(self, region: int) -> bytes:
-        """The page of a region as it was frozen, and forget it; empty if the region is a hole, which needs no page.
-
-        KeyError if the region is not, or no longer, in the view.
-        """
-        value = self.pages.pop(region)
-        if value is None:
-            return b""
-        small = compact(value)
-        if not self._map._release(region, value, small):
-            self.held_bytes -= slot_bytes(value)
-        return b"" if small is None else encode_region(small)
-
-    def commit(self) -> None:
-        """The checkpoint is complete: regions not changed since are clean. RuntimeError if pages were not taken."""
-        if self.pages:
-            raise RuntimeError(f"pages of the frozen view were not taken pages={len(self.pages)}")
-        self._map._unfreeze(())
-
-    def abort(self) -> None:
-        """The checkpoint is given up: all its regions are dirty again."""
-        self.pages.clear()
-        self._map._unfreeze(self.regions)

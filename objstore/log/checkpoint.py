@@ -1,6 +1,8 @@
 """Checkpoints of one log's map in its zones: writing them, finding the newest whole one, reading pages back."""
 
+import contextlib
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -8,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from objstore.backend.base import Backend, Writer
-from objstore.errors import Corrupt, FormatError, NotFound, StoreError
+from objstore.backend.base import Backend, Entry, Writer, ZoneFailed
+from objstore.errors import Corrupt, FormatError, NoSpace, NotFound, StoreError, Unavailable
 from objstore.format.checkpoint import (
     FOOTER_BYTES,
     ROOT,
@@ -27,7 +29,8 @@ from objstore.format.checkpoint import (
 )
 from objstore.log.blockmap import PageRef
 from objstore.log.env import Env
-from objstore.replica.zone import run
+from objstore.names import object_number
+from objstore.replica.zone import run, run_long
 from objstore.units import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -95,37 +98,99 @@ def copy_checkpoint(source: Backend, target: Backend, log: int, number: int) -> 
         handle.close()
 
 
+class CheckpointZones:
+    """Which zones have each checkpoint of a log: where one was found, and for a new one where placement puts it."""
+
+    def __init__(self, env: Env, place: Callable[[int], tuple[int, ...]]) -> None:
+        self._env = env
+        self._place = place
+        self._known: dict[int, tuple[int, ...]] = {}
+
+    def __call__(self, number: int) -> tuple[int, ...]:
+        """Zones that have that checkpoint, in service or not, or are to get it."""
+        zones = self._known.get(number)
+        if zones is None:
+            zones = self._known[number] = self._place(0)
+        return zones
+
+    def wanted(self) -> tuple[int, ...]:
+        """Where a new one would go."""
+        return self._env.serving(self._place(0))
+
+    def found(self, number: int, zones: Iterable[int]) -> None:
+        """These zones have it."""
+        self._known[number] = tuple(zones)
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint (None: there never was one), and the bytes of each that any zone shows."""
+
+    loaded: Loaded | None
+    sizes: dict[int, int]
+
+
 async def newest_checkpoint(
-    env: Env, log: int, expected: int, zones: Iterable[int]
-) -> tuple[Loaded | None, dict[int, int]]:
-    """(the newest whole checkpoint of any zone or None if there never was one, numbers seen -> bytes).
+    env: Env, log: int, expected: int, zones: CheckpointZones, listings: dict[int, list[Entry]]
+) -> Found:
+    """Read the newest whole checkpoint from any zone.
 
     expected: the number that the head names; Corrupt if neither it, nor a newer one, nor the one before can be read.
-    zones: which have the checkpoints of this log. One of them that lacks the object was not reached before the process
-    died: it gets its copy now, before anything is built on a checkpoint that could be lost with one zone.
+    listings: the log's checkpoint folder in each zone that answers. zones: is told what was found. A checkpoint newer
+    than the head that a zone of its placement lacks may have been cut off by a crash: that zone gets its copy now,
+    before anything is built on a checkpoint that could be lost with one zone.
     """
     seen: dict[int, list[int]] = {}
     sizes: dict[int, int] = {}
-    for zone in env.zones:
-        for entry in await run(env.executor, zone.index, zone.backend.list, checkpoint_folder(log)):
-            digits = entry.name.rpartition("/")[2]
-            seen.setdefault(int(digits, 16), []).append(zone.index)
-            sizes[int(digits, 16)] = entry.size_bytes
+    for z, listing in listings.items():
+        for entry in listing:
+            number = object_number(entry.name)
+            if number is not None:
+                seen.setdefault(number, []).append(z)
+                # A torn copy is shorter than a whole one.
+                sizes[number] = max(sizes.get(number, 0), entry.size_bytes)
+    for number, where in seen.items():
+        zones.found(number, where)
+    failed: ZoneFailed | None = None
     for number in sorted(seen, reverse=True):
-        for z in seen[number]:
+        for z in list(seen[number]):
             backend = env.zones[z].backend
             try:
                 loaded = await run(env.executor, z, read_checkpoint, backend, env.store_id, log, number)
             except (FormatError, NotFound):
                 continue
-            for lacking in set(zones).difference(seen[number]):
-                await run(env.executor, z, copy_checkpoint, backend, env.zones[lacking].backend, log, number)
-            return loaded, sizes
+            except ZoneFailed as error:
+                failed = error
+                env.zone_failing(z, error)
+                continue
+            if number > expected:
+                await _complete(env, log, number, z, seen[number], zones)
+            return Found(loaded, sizes)
         if number < expected:
             break  # this was the one before: what an older one needs may have been freed
+    if failed is not None:
+        raise failed
     if seen or expected:
+        absent = [zone for zone in env.zones if zone.index not in listings]
+        if absent:
+            raise Unavailable(
+                f"no checkpoint of log {log} can be read, and zones are missing: "
+                f"{', '.join(repr(zone) for zone in absent)}"
+            )
         raise Corrupt(f"no checkpoint can be read log={log} expected={expected} found={sorted(seen)}")
-    return None, sizes
+    return Found(None, sizes)
+
+
+async def _complete(env: Env, log: int, number: int, source: int, seen: list[int], zones: CheckpointZones) -> None:
+    """Put a checkpoint into the zones of its placement that lack it."""
+    for lacking in set(zones.wanted()).difference(seen):
+        target = env.zones[lacking].backend
+        try:
+            await run_long(env.executor, source, copy_checkpoint, env.zones[source].backend, target, log, number)
+        except ZoneFailed as error:
+            logger.warning("checkpoint not copied zone=%r: %s", env.zones[lacking], error)
+            continue
+        seen.append(lacking)
+    zones.found(number, seen)
 
 
 def read_pages(backend: Backend, store_id: bytes, log: int, wanted: list[tuple[int, PageRef]]) -> list[bytes | None]:
@@ -153,23 +218,30 @@ def read_pages(backend: Backend, store_id: bytes, log: int, wanted: list[tuple[i
 async def load_pages(
     env: Env, log: int, wanted: list[tuple[int, PageRef]], zones_of: Callable[[int], Iterable[int]]
 ) -> Iterator[tuple[int, PageRef, bytes]]:
-    """The encoded regions behind `wanted`, each from the first zone that has it whole. Corrupt: no zone has."""
+    """The encoded regions behind `wanted`, each from the first zone that has it whole. Corrupt: no zone has.
+    Unavailable: a zone that may have it failed, or is out of service."""
     found: list[tuple[int, PageRef, bytes]] = []
     by_checkpoint: dict[int, list[tuple[int, PageRef]]] = {}
     for region, ref in wanted:
         by_checkpoint.setdefault(ref.checkpoint, []).append((region, ref))
     for number, pairs in by_checkpoint.items():
         left = sorted(pairs, key=lambda pair: pair[1].offset)
-        for z in zones_of(number):
+        holders = tuple(zones_of(number))
+        silent = [z for z in holders if z not in env.in_service]
+        for z in env.serving(holders):
             if not left:
                 break
             try:
                 pages = await run(env.executor, z, read_pages, env.zones[z].backend, env.store_id, log, left)
             except StoreError as error:
                 logger.warning("map pages unreadable checkpoint=%s: %s", checkpoint_name(log, number), error)
+                silent.append(z)
                 continue
             found += [(r, ref, page) for (r, ref), page in zip(left, pages, strict=True) if page is not None]
             left = [pair for pair, page in zip(left, pages, strict=True) if page is None]
+        if left and silent:
+            names = ", ".join(repr(env.zones[z]) for z in silent)
+            raise Unavailable(f"map pages of log {log} are on zones that are out of reach: {names}")
         if left:
             raise Corrupt(f"map pages can't be read from any zone log={log} checkpoint={number} region={left[0][0]}")
     return iter(found)
@@ -185,26 +257,48 @@ class CheckpointWriter:
         self._writers: dict[int, Writer] = {}
         self._chunk = bytearray(encode_checkpoint_header(header, env.store_id))
         self._offset = len(self._chunk)
-        self.refs: dict[int, PageRef] = {}
+        self._regions = array("Q")
+        self._offsets = array("Q")
+        self._lengths = array("I")
         self.size_bytes = 0
 
+    @property
+    def rows(self) -> npt.NDArray[np.void]:
+        """What has been added, as rows of a root."""
+        rows = np.empty(len(self._regions), ROOT)
+        rows["region"] = self._regions
+        rows["checkpoint"] = self.header.number
+        rows["length"] = self._lengths
+        rows["offset"] = self._offsets
+        return rows
+
     async def _each(self, call: Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]) -> None:
-        """One call in every zone; all are awaited, then the first error is raised."""
-        failed: StoreError | None = None
+        """One call in every zone. A zone that fails is put out, and the checkpoint goes on without it. NoSpace;
+        Unavailable: no zone is left."""
+        full: StoreError | None = None
+        zones = self._env.serving(self._zones)
         pending = []
-        for z in self._zones:
+        for z in zones:
             function, args = call(z)
             pending.append(self._env.loop.create_task(run(self._env.executor, z, function, *args)))
-        for z, task in zip(self._zones, pending, strict=True):
+        failed: dict[int, StoreError] = {}
+        for z, task in zip(zones, pending, strict=True):
             try:
                 result = await task
+            except NoSpace as error:
+                full = full or error
             except StoreError as error:
-                failed = failed or error
+                failed[z] = error
             else:
                 if isinstance(result, Writer):
                     self._writers[z] = result
-        if failed is not None:
-            raise failed
+        for z, reason in failed.items():
+            await self._env.put_out(z, reason)
+        self._zones = tuple(z for z in self._env.serving(zones) if z not in failed)
+        if full is not None:
+            raise full
+        if not self._zones:
+            raise Unavailable(f"no zone is left for a checkpoint log={self.header.log}: {failed or 'all are out'}")
 
     async def open(self) -> None:
         """Begin the object in every zone."""
@@ -215,7 +309,9 @@ class CheckpointWriter:
         """The encoded page of one region."""
         header = self.header
         frame = encode_frame(page, store_id=self._env.store_id, log=header.log, number=header.number, region=region)
-        self.refs[region] = PageRef(header.number, self._offset, len(frame))
+        self._regions.append(region)
+        self._offsets.append(self._offset)
+        self._lengths.append(len(frame))
         self._chunk += frame
         self._offset += len(frame)
         if len(self._chunk) >= CHUNK_BYTES:
@@ -248,5 +344,11 @@ class CheckpointWriter:
 
     async def abort(self) -> None:
         """Throw the unfinished object away wherever it was begun."""
-        for z, writer in self._writers.items():
-            await run(self._env.executor, z, writer.abort)
+        for z in self._env.serving(self._writers):
+            with contextlib.suppress(StoreError):  # what stays is garbage that the next opening removes
+                await run(self._env.executor, z, self._writers[z].abort)
+
+    @property
+    def zones(self) -> tuple[int, ...]:
+        """Those that have the checkpoint, once it is finished."""
+        return self._zones

@@ -11,29 +11,31 @@ Live counters only choose victims: a segment is dead when its directory shows no
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import itertools
 import logging
 from array import array
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from objstore.errors import Corrupt, FormatError, StoreError
-from objstore.format.record import KIND_SHIFT, LBA_MASK, Kind
+from objstore.errors import Corrupt, FormatError, NoSpace, StoreError, Unavailable
 from objstore.format.segment import Directory
-from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, key_of
+from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK
 from objstore.log.blockmap import PageRef
 from objstore.log.checkpoint import load_pages
+from objstore.log.damage import blocks_of
 from objstore.log.disk import Disk
 from objstore.log.keeper import Keeper
-from objstore.log.reader import read_run
-from objstore.log.regions import decode_region, expand, tally, view
-from objstore.log.replay import expand_runs
+from objstore.log.mapbulk import heads_of
+from objstore.log.reader import in_turn, read_run
+from objstore.log.regions import decode_region, tally
 from objstore.log.segment import Segment
 from objstore.log.tail import look_at
 from objstore.replica.zone import run
-from objstore.units import BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK, REGION_SHIFT
+from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK, REGION_SHIFT
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +49,26 @@ SLACK_SEGMENTS: Final = 5
 TIGHT_SEGMENTS: Final = 8
 SHARE_MAX: Final = 0.93
 """No victim above this share: a dense segment has 0.97."""
+SHARE_BUSY_MAX: Final = 0.8
+"""No victim above this share while dead segments wait to be freed: they are what takes the space, and moving dense ones
+meanwhile only makes more of them, on a small disk for ever."""
 SHARE_FULL_MAX: Final = 0.97
 VICTIMS_AT_ONCE: Final = 8
 IDLE_ROUNDS_MAX: Final = 3
 MOVE_BLOCKS_MAX: Final = 160
 """Single blocks moved by one record: 24 bytes of header page each, so 99 % of a collected segment is data."""
+
+
+class Fetched(NamedTuple):
+    """What a victim has live: blocks in logical order with the entries that the map has for them; `data` begins with
+    block `first` of the segment. bad: what no zone has whole, of the blocks in `data`."""
+
+    directory: Directory
+    lbas: U64
+    entries: U64
+    first: int
+    data: memoryview
+    bad: list[int]
 
 
 class Collector:
@@ -65,8 +82,8 @@ class Collector:
         self.keeper = keeper
         self.tight = False
         self._unmovable: set[int] = set()
-        self._buffer: memoryview | None = None
-        """What is read of victims, one after the other; fresh memory for each cost 2,000 page faults."""
+        self._buffers: list[memoryview | None] = [None, None]
+        """What is read of victims, in turn; fresh memory for each cost 2,000 page faults."""
         self._wake = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
         self._round_waiters: list[asyncio.Future[None]] = []
@@ -143,9 +160,12 @@ class Collector:
         while not self._closed:
             await self._wake.wait()
             self._wake.clear()
+            freed = self.keeper.freed
             try:
                 while not self._closed and self.disk.writer.error is None and await self._round():
                     self._judge()
+                    if self.keeper.freed != freed:  # by a checkpoint: whoever waits for space need not wait for more
+                        self._end_round()
             except StoreError as error:
                 log.warning("collection stopped until the next boundary log=%d: %s", self.disk.log, error)
             try:
@@ -165,7 +185,7 @@ class Collector:
         if self._closed or writer.error is not None:
             return
         if self.disk.dead:
-            self.keeper.hurry(now=urgent or self._owed())
+            self.keeper.hurry(now=urgent or self._owed(), waited_for=bool(self._waiters) or self._pressed > 0)
         if urgent and any(number < writer.tail_number for number in writer.unsealed):
             await writer.sealed_below(writer.tail_number)
             self._wake.set()
@@ -196,14 +216,15 @@ class Collector:
         below = min(below, disk.parts_from(below))
         share_max = 0.0
         if self._crowded() and not self._owed():
-            share_max = SHARE_FULL_MAX if self._pressed else SHARE_MAX
+            share_max = SHARE_FULL_MAX if self._pressed else SHARE_BUSY_MAX if disk.dead else SHARE_MAX
         found = [
             (segment.live / segment.blocks, number, segment)
             for number, segment in disk.segments.items()
             if number < below and segment.live <= share_max * segment.blocks and number not in self._unmovable
         ]
         found.sort(key=lambda item: item[:2])
-        return [segment for _, _, segment in found[:VICTIMS_AT_ONCE]]
+        readable = (segment for _, _, segment in found if disk.env.serving(segment.zones))
+        return list(itertools.islice(readable, VICTIMS_AT_ONCE))
 
     async def _round(self) -> bool:
         """Collect a few victims; False when there is nothing to do."""
@@ -211,17 +232,27 @@ class Collector:
         victims = self._victims()
         if not victims:
             return False
-        for segment in victims:
-            if segment.live and (self._owed() or not self._crowded()):
-                return False
-            if self._closed:
-                return False
-            try:
-                await self._collect(segment)
-            except Corrupt as error:
-                self._unmovable.add(segment.number)
-                log.error("segment can't be collected segment=%s: %s", segment.name, error)
-            self._judge()
+        fetching: asyncio.Task[Fetched | None] | None = None
+        try:
+            for i, segment in enumerate(victims):
+                if segment.live and (self._owed() or not self._crowded()):
+                    return False
+                if self._closed:
+                    return False
+                current = fetching or self._start_fetch(segment, i)
+                await asyncio.wait([current])
+                # The next victim is read while this one is moved.
+                fetching = self._start_fetch(victims[i + 1], i + 1) if i + 1 < len(victims) else None
+                try:
+                    await self._collect(segment, current.result(), i)
+                except Corrupt as error:
+                    self._unmovable.add(segment.number)
+                    log.error("segment can't be collected segment=%s: %s", segment.name, error)
+                self._judge()
+        finally:
+            if fetching is not None:
+                await asyncio.wait([fetching])
+                fetching.exception()  # whoever comes to that segment again meets it again
         return True
 
     async def _count_dropped(self) -> None:
@@ -238,7 +269,7 @@ class Collector:
             try:
                 for _, _, page in await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones):
                     tally(decode_region(page), 0, REGION_BLOCKS, counts)
-            except (Corrupt, FormatError) as error:
+            except (Corrupt, FormatError, Unavailable) as error:
                 log.warning("live counters stay too high: %s", error)
                 counts.clear()
             del disk.map.dropped_refs[: len(wanted)]
@@ -246,34 +277,63 @@ class Collector:
 
     # -- moving -------------------------------------------------------------------------------------------------
 
-    async def _collect(self, segment: Segment) -> None:
-        """Move what is live and mark the segment dead, unless its directory or a live block can't be read."""
+    def _start_fetch(self, segment: Segment, turn: int) -> asyncio.Task[Fetched | None]:
+        return self.disk.env.loop.create_task(self._fetch(segment, turn))
+
+    async def _fetch(self, segment: Segment, turn: int) -> Fetched | None:
+        """Read what is live of a segment, in logical order; None: no zone has its directory. Corrupt: a page of the map
+        is damaged."""
         disk = self.disk
         directory = await self._directory(segment)
         if directory is None:
+            return None
+        lbas, entries = blocks_of(directory)
+        while (live := still_mapped(disk, lbas, entries)) is None:
+            await self._load(lbas)
+        lbas, entries = lbas[live], entries[live]
+        if not len(lbas):
+            return Fetched(directory, lbas, entries, 0, memoryview(b""), [])
+        order = np.argsort(lbas, kind="stable")
+        lbas, entries = lbas[order], entries[order]
+        blocks = (entries & np.uint64(BLOCK_IN_SEGMENT_MASK)).astype(np.int64)
+        first, last = int(blocks.min()), int(blocks.max())
+        buffer = self._buffers[turn % 2]
+        if buffer is None or len(buffer) < (last - first + 1) << BLOCK_SHIFT:
+            buffer = self._buffers[turn % 2] = memoryview(bytearray(segment.file_bytes))
+        wanted = (blocks - first).tolist()
+        data, bad = await read_run(disk.env, segment, first, last - first + 1, wanted, buffer)
+        if data.obj is not buffer.obj:  # a call that hangs may still fill the other one
+            self._buffers[turn % 2] = None
+        return Fetched(directory, lbas, entries, first, data, bad)
+
+    async def _collect(self, segment: Segment, fetched: Fetched | None, turn: int) -> None:
+        """Move what is live and mark the segment dead, unless its directory or a live block can't be read."""
+        disk = self.disk
+        while fetched is not None and len(fetched.lbas):
+            if fetched.bad:
+                self._unmovable.add(segment.number)
+                log.error("segment can't be collected, blocks damaged in every zone segment=%s", segment.name)
+                return
+            await self._move(segment, fetched)
+            left = still_mapped(disk, fetched.lbas, fetched.entries)
+            if left is not None and not left.any():
+                break
+            fetched = await self._fetch(segment, turn)
+        if fetched is None:
             self._unmovable.add(segment.number)
             log.error("segment can't be collected, no zone has its directory segment=%s", segment.name)
             return
-        lbas, entries = blocks_of(directory)
-        while len(lbas):
-            await self._load(lbas)
-            live = still_mapped(disk, lbas, entries)
-            lbas, entries = lbas[live], entries[live]
-            if not len(lbas):
-                break
-            if not await self._move(segment, directory, lbas, entries):
-                self._unmovable.add(segment.number)
-                return
         disk.bury(segment)
 
     async def _directory(self, segment: Segment) -> Directory | None:
         env = self.disk.env
-        for z in segment.zones:
+        for z in in_turn(env, segment):
             zone = env.zones[z]
             try:
                 seen = await run(env.executor, z, look_at, zone.backend, env.store_id, segment.log, segment.number)
             except StoreError as error:
                 log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, zone, error)
+                env.read_failed(z, error)
                 continue
             if seen.directory is not None:
                 return seen.directory
@@ -286,36 +346,34 @@ class Collector:
             await disk.load(wanted, evict=evict)
             evict = False
 
-    async def _move(self, segment: Segment, directory: Directory, lbas: U64, entries: U64) -> bool:
-        """Append live blocks again in logical order. False: one of them is damaged in every zone."""
+    async def _move(self, segment: Segment, fetched: Fetched) -> None:
+        """Append what is still live again, in logical order."""
         disk = self.disk
-        order = np.argsort(lbas, kind="stable")
-        lbas, entries = lbas[order], entries[order]
+        directory, lbas, entries, first, data, _ = fetched
         blocks = (entries & np.uint64(BLOCK_IN_SEGMENT_MASK)).astype(np.int64)
-        first, last = int(blocks.min()), int(blocks.max())
-        if self._buffer is None or len(self._buffer) < (last - first + 1) << BLOCK_SHIFT:
-            self._buffer = memoryview(bytearray(segment.file_bytes))
-        wanted = (blocks - first).tolist()
-        data, bad = await read_run(disk.env, segment, first, last - first + 1, wanted, self._buffer)
-        if bad:
-            log.error("segment can't be collected, blocks damaged in every zone segment=%s", segment.name)
-            return False
-        crcs = directory.crcs
-        step = min(MOVE_BLOCKS_MAX, disk.writer.fresh_room)
-        for low in range(0, len(lbas), step):
-            part = slice(low, low + step)
+        rows = np.frombuffer(data, np.uint8).reshape(-1, BLOCK_BYTES)
+        crcs = np.frombuffer(directory.crcs, np.uint32)
+        writer = disk.writer
+        low = 0
+        while low < len(lbas):
             await self._admit()
-            while not disk.writer.room_for_batch(step):
-                await disk.writer.make_room(0)
-            if disk.map.missing_blocks(lbas[part]):
+            await self._map_room(lbas[low : low + MOVE_BLOCKS_MAX])
+            while not (room := writer.batch_room(min(MOVE_BLOCKS_MAX, len(lbas) - low))):
+                await writer.make_room(0)
+            part = slice(low, low + room)
+            still = still_mapped(disk, lbas[part], entries[part])
+            if still is None:
                 await self._load(lbas[part])
-                if not disk.writer.room_for_batch(step):
-                    continue  # what this leaves behind is found live again and moved in the next turn
-            chosen = np.flatnonzero(still_mapped(disk, lbas[part], entries[part])) + low
+                still = still_mapped(disk, lbas[part], entries[part])
+                if still is None or writer.batch_room(room) < room:
+                    continue
+            chosen = np.flatnonzero(still) + low
+            low += room
             if len(chosen):
-                self._append(data, first, blocks[chosen], lbas[chosen], entries[chosen], crcs)
+                at = blocks[chosen]
+                into = self._append(segment, lbas[chosen], entries[chosen], crcs[at])
+                np.take(rows, at - first, axis=0, out=into, mode="clip")
             await asyncio.sleep(0)
-        return True
 
     async def _admit(self) -> None:
         env = self.disk.env
@@ -324,35 +382,30 @@ class Collector:
         if self.disk.writer.error is not None:
             raise self.disk.writer.error
 
-    def _append(
-        self, data: memoryview, first: int, blocks: npt.NDArray[np.int64], lbas: U64, entries: U64, crcs: array[int]
-    ) -> None:
-        """One loop turn: the operations into the log and their effect into the map."""
+    async def _map_room(self, lbas: U64) -> None:
+        """As a writer waits for memory of the maps; but while checkpoints find no space, only collection makes some."""
+        if not self.keeper.gave_up:
+            with contextlib.suppress(NoSpace):
+                await self.keeper.map_room(functools.partial(self.disk.map.grows_at, lbas))
+
+    def _append(self, victim: Segment, lbas: U64, entries: U64, crcs: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+        """The operations into the log and their effect into the map, which has all the blocks still there. Returns
+        where their data belongs, a row for each: to be filled in the same loop turn."""
         disk = self.disk
-        heads = [0, *(np.flatnonzero(lbas[1:] != lbas[:-1] + np.uint64(1)) + 1).tolist(), len(lbas)]
-        targets: list[int] = []
+        places: U64 = np.arange(len(lbas), dtype=np.uint64)
+        heads = heads_of(lbas - places)
+        counts = np.diff(heads, append=len(lbas)).tolist()
         disk.moving = True
         try:
-            for low, high in itertools.pairwise(heads):
-                run_blocks = blocks[low:high].tolist()
-                pieces = [data[(b - first) << BLOCK_SHIFT : (b - first + 1) << BLOCK_SHIFT] for b in run_blocks]
-                entry = disk.writer.append(
-                    Kind.MOVE,
-                    int(lbas[low]),
-                    high - low,
-                    pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces)),
-                    crcs=[crcs[b] for b in run_blocks],
-                    sources=entries[low:high].tolist(),
-                )
-                targets += range(entry, entry + high - low)
+            target, into = disk.writer.append_moves(lbas[heads].tolist(), counts, crcs.tolist(), entries.tolist())
         finally:
             disk.moving = False
-        applied = disk.map.compare_and_assign(lbas, entries, np.array(targets, np.uint64))
-        segments = disk.env.segments
-        for ok, target, source in zip(applied.tolist(), targets, entries.tolist(), strict=True):
-            if ok:
-                segments[target >> BLOCK_BITS].live += 1
-                segments[source >> BLOCK_BITS].live -= 1
+        set_one = disk.map.set_one
+        for entry, lba in enumerate(lbas.tolist(), target):
+            set_one(lba, entry)
+        disk.env.segments[target >> BLOCK_BITS].live += len(lbas)
+        victim.live -= len(lbas)
+        return np.frombuffer(into, np.uint8).reshape(-1, BLOCK_BYTES)
 
     async def close(self) -> None:
         """Stop after the step under way."""
@@ -361,30 +414,21 @@ class Collector:
         await asyncio.wait([self._task])
 
 
-def blocks_of(directory: Directory) -> tuple[U64, U64]:
-    """(logical blocks, entries) of every data block of a segment, in log order."""
-    words = np.frombuffer(directory.words, np.uint64)
-    kinds = (words >> np.uint64(KIND_SHIFT)) & np.uint64(0xFF)
-    data = (kinds == Kind.WRITE) | (kinds == Kind.MOVE)
-    counts = np.frombuffer(directory.counts, np.uint32).astype(np.uint64)[data]
-    base = np.uint64(key_of(directory.log, directory.segment) << BLOCK_BITS)
-    entries = np.frombuffer(directory.starts, np.uint32).astype(np.uint64)[data] + base
-    return expand_runs(words[data] & np.uint64(LBA_MASK), counts, entries)
+def still_mapped(disk: Disk, lbas: U64, entries: U64) -> npt.NDArray[np.bool_] | None:
+    """Which of the blocks the map still has at exactly these entries; None: a region of theirs is not in memory.
 
-
-def still_mapped(disk: Disk, lbas: U64, entries: U64) -> npt.NDArray[np.bool_]:
-    """Which of the blocks the map still has at exactly these entries. The regions are loaded."""
-    found = np.zeros(len(lbas), np.bool_)
-    order = np.argsort(lbas, kind="stable")
-    region_of = (lbas[order] >> np.uint64(REGION_SHIFT)).astype(np.int64)
-    heads = [0, *(np.flatnonzero(region_of[1:] != region_of[:-1]) + 1).tolist(), len(order)]
-    for low, high in itertools.pairwise(heads):
-        if low == high:
-            continue
-        value = disk.map.regions.get(int(region_of[low]))
-        if value is None or isinstance(value, PageRef):
-            continue
-        where = order[low:high]
-        index = (lbas[where] & np.uint64(REGION_MASK)).astype(np.int64)
-        found[where] = view(expand(value))[index] == entries[where]
-    return found
+    Block by block: 0.25 us each. Work on whole regions is slower where a segment's blocks lie scattered over the disk,
+    three or four in a region (2 us a block), which is how random writes leave them.
+    """
+    get = disk.map.regions.get
+    lookup = disk.map.lookup
+    found = []
+    for lba, entry in zip(lbas.tolist(), entries.tolist(), strict=True):
+        value = get(lba >> REGION_SHIFT)
+        if type(value) is array:
+            found.append(value[lba & REGION_MASK] == entry)
+        elif type(value) is PageRef:
+            return None
+        else:
+            found.append(lookup(lba) == entry)
+    return np.array(found, np.bool_)

@@ -1,4 +1,4 @@
-"""CRCs of a segment's blocks, and of any run of them at once.
+"""CRCs of a segment's blocks, of any run of them at once, and of its header pages.
 
 The CRC of two pieces of data one behind the other follows from theirs: crc(AB) = shift(crc(A), len(B)) ^ crc(B), where
 shift multiplies by a power of x over GF(2) (as zlib's crc32_combine does). With the CRC of every beginning of a segment
@@ -15,6 +15,8 @@ from typing import Final
 import numpy as np
 from crc32c import crc32c
 
+from objstore.format.record import CRC_OFFSET
+from objstore.format.segment import Directory
 from objstore.units import BLOCK_BYTES
 
 RUN_BLOCKS_MIN: Final = 8
@@ -96,3 +98,29 @@ def beginnings(crcs: array[int]) -> array[int]:
 def run_crc(first: array[int], block: int, count: int) -> int:
     """CRC of `count` blocks from `block` on, given the segment's `beginnings`."""
     return first[block + count] ^ shift(first[block], count)
+
+
+def _own_crc_table() -> list[list[int]]:
+    """What a CRC stored at its place in a page of zeros adds to the CRC of the page."""
+    none = crc32c(bytes(BLOCK_BYTES))
+    columns = []
+    for bit in range(32):
+        page = bytearray(BLOCK_BYTES)
+        page[CRC_OFFSET : CRC_OFFSET + 4] = (1 << bit).to_bytes(4, "little")
+        columns.append(crc32c(page) ^ none)
+    return _table_of(columns)
+
+
+_OWN_CRC: Final = _own_crc_table()
+
+
+def page_crcs(directory: Directory) -> array[int]:
+    """CRC of every page of a segment's body, record headers included; that of page 0 is not known and given as 0.
+
+    A header page contains its own CRC, which was computed as if it were zero. CRCs are linear: what the four bytes add
+    follows from them alone.
+    """
+    crcs = array("I", directory.crcs)
+    for block, crc in zip(directory.record_blocks, directory.record_crcs, strict=True):
+        crcs[block] = crc ^ _look_up(_OWN_CRC, crc)
+    return crcs

@@ -4,22 +4,25 @@ Whole blocks only; bytes, admission and modes are the volume's business (volume/
 a coroutine here awaits only reads. Every append and the change of the map that belongs to it happen in one loop turn.
 
 Holds: the map says exactly what replaying the log up to writer.position would give (a request of several parts takes
-effect with its last); a segment's `live` counts the map's entries that point into it, except for regions that a large
-discard dropped and that `Keeper` still has to count: then it is too high, never too low.
+effect with its last; of what discards a large range, `apply_more` brings the rest); a segment's `live` counts the
+map's entries that point into it, except for regions that a large discard dropped and that `Keeper` still has to count:
+then it is too high, never too low.
 """
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from objstore.errors import Corrupt
+from objstore.errors import Corrupt, Unavailable
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX, Flag, Kind
 from objstore.format.segment import Directory
 from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED, SEGMENT_MAX
-from objstore.log.blockmap import BlockMap, PageRef
+from objstore.log.blockmap import FILL_STEP, BlockMap, PageRef
 from objstore.log.checkpoint import load_pages
+from objstore.log.damage import Damage, merge_ranges
 from objstore.log.env import Env
+from objstore.log.mapmemory import MapOwner
 from objstore.log.reader import read_run, read_run_now, zero_fill
 from objstore.log.regions import decode_region
 from objstore.log.segment import Segment
@@ -28,7 +31,7 @@ from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
 
 log = logging.getLogger(__name__)
 
-EVICT_AT_ONCE: Final = 64
+FILL_AT_ONCE_BLOCKS: Final = FILL_STEP << REGION_SHIFT
 FILL_KIND: Final = {HOLE: Kind.TRIM, RESERVED: Kind.ZERO}
 
 
@@ -50,9 +53,10 @@ class Disk:
         writer.observer = self
         self.segments: dict[int, Segment] = {}
         self.dead: dict[int, tuple[Segment, int]] = {}
+        self.damage = Damage()
         self.checkpoint_zones: Callable[[int], tuple[int, ...]] = lambda number: tuple(range(len(env.zones)))
-        self.pages: dict[int, PageRef] = {}
-        """Where the page of each clean region is in the newest checkpoint."""
+        self.owner: MapOwner | None = None
+        """Whose map this is in the account of memory."""
         self.live_total = 0
         self.total_blocks = 0
         self.dead_blocks = 0
@@ -61,7 +65,12 @@ class Disk:
         """While the log is being opened: directories of the segments made so far."""
         self.on_failed: Callable[[], None] | None = None
         self.on_boundary: Callable[[], None] | None = None
+        self.on_whole: Callable[[], None] | None = None
+        """Called when `between_parts` has become false."""
         self._parts: list[tuple[int, int, int, int]] = []
+        self._partial: list[tuple[int, int]] = []
+        """Ranges of those parts that replace regions only in part."""
+        self._applying: Iterator[None] | None = None
 
     # -- segments -----------------------------------------------------------------------------------------------
 
@@ -101,7 +110,7 @@ class Disk:
     @property
     def between_parts(self) -> bool:
         """Operations are in the log that the map does not show yet: no checkpoint may begin here."""
-        return self.moving or bool(self._parts)
+        return self.moving or bool(self._parts) or self._applying is not None
 
     def parts_from(self, otherwise: int) -> int:
         """Number of the first segment with data of a request whose last part is still to come, else `otherwise`: the
@@ -153,21 +162,62 @@ class Disk:
         if flags:
             if flags & Flag.FIRST:
                 self._parts.clear()
-            self._parts.append((kind, lba, count, entry))
+                self._partial.clear()
+            self._add_part(kind, lba, count, entry)
             if not flags & Flag.LAST:
                 return
-            parts, self._parts = self._parts, []
+            parts = self._parts.copy()
+        elif kind == Kind.WRITE:
+            self._apply_write(lba, count, entry)
+            return
         else:
             parts = [(kind, lba, count, entry)]
-        segments = self.env.segments
-        for part_kind, part_lba, part_count, part_entry in parts:
-            if part_kind == Kind.WRITE:
-                replaced = self.map.assign(part_lba, part_entry, part_count)
-                segments[part_entry >> BLOCK_BITS].live += part_count
-                self.live_total += part_count
+        self._applying = self._steps(parts)
+        self._parts.clear()
+        self._partial.clear()
+        self.apply_more()
+
+    def _add_part(self, kind: int, lba: int, count: int, entry: int) -> None:
+        """A part of a request; neighbours that discard go into the map as one."""
+        parts = self._parts
+        if parts and kind != Kind.WRITE:
+            last_kind, last_lba, last_count, last_entry = parts[-1]
+            if (last_kind, last_lba + last_count, last_entry) == (kind, lba, entry):
+                lba, count = last_lba, last_count + count
+                parts.pop()
+                self._partial = [part for part in self._partial if part[0] != lba]
+        parts.append((kind, lba, count, entry))
+        if (lba | (lba + count)) & REGION_MASK:
+            self._partial.append((lba, count))
+
+    def _apply_write(self, lba: int, count: int, entry: int) -> None:
+        replaced = self.map.assign(lba, entry, count)
+        self.env.segments[entry >> BLOCK_BITS].live += count
+        self.live_total += count
+        self.forget_live(replaced)
+
+    def _steps(self, parts: list[tuple[int, int, int, int]]) -> Iterator[None]:
+        """Bring complete parts into the map; stops where the loop may have a turn."""
+        for kind, lba, count, entry in parts:
+            if kind == Kind.WRITE:
+                self._apply_write(lba, count, entry)
             else:
-                replaced = self.map.fill(part_lba, part_count, part_entry)
-            self.forget_live(replaced)
+                for replaced in self.map.fill_steps(lba, count, entry):
+                    self.forget_live(replaced)
+                    if count > FILL_AT_ONCE_BLOCKS:
+                        yield
+
+    def apply_more(self) -> bool:
+        """Go on with what was appended last and is not in the map as a whole yet; False: it is. No other change of the
+        disk but a collection's may come in between."""
+        if self._applying is None:
+            return False
+        for _ in self._applying:
+            return True
+        self._applying = None
+        if self.on_whole is not None:
+            self.on_whole()
+        return False
 
     def forget_live(self, replaced: dict[int, int]) -> None:
         """Blocks by segment key that the map points at no more."""
@@ -180,12 +230,17 @@ class Disk:
 
     def forget_parts(self) -> None:
         """The request of several parts under way failed before its last one: it never happened."""
-        self._parts.clear()
+        if self._parts:
+            self._parts.clear()
+            self._partial.clear()
+            if self.on_whole is not None:
+                self.on_whole()
 
     # -- map pages ----------------------------------------------------------------------------------------------
 
     async def load(self, wanted: list[tuple[int, PageRef]], *, evict: bool = True) -> None:
-        """Bring these regions of the map into memory, or some of them. Corrupt: a page is bad in every zone.
+        """Bring these regions of the map into memory, or some of them. Corrupt: a page is bad in every zone;
+        Unavailable: in every zone that is in service.
 
         evict: make room for them first. Whoever asks a second time for the same range doesn't: what was loaded for it
         the first time would be the first to go.
@@ -196,7 +251,7 @@ class Disk:
             self.evict()
         try:
             pages = await load_pages(self.env, self.log, wanted, self.checkpoint_zones)
-        except Corrupt:
+        except (Corrupt, Unavailable):
             # A checkpoint may have taken these pages over meanwhile, and the one that held them is gone: the caller
             # looks again and finds them there.
             if all(self.map.regions.get(region) == ref for region, ref in wanted):
@@ -206,24 +261,14 @@ class Disk:
             self.map.load(region, ref, decode_region(page))
 
     def evict(self) -> None:
-        """Bring the maps back below their memory limit, if clean regions of this one can go."""
-        excess = self.env.map_bytes() - self.env.settings.map_memory_bytes
-        while excess > 0:
-            candidates = self.map.eviction_candidates(EVICT_AT_ONCE)
-            before = self.map.memory_bytes
-            for region in candidates:
-                ref = self.pages.get(region)
-                if ref is not None:
-                    self.map.evict(region, ref)
-            freed = before - self.map.memory_bytes
-            if freed <= 0:
-                return
-            excess -= freed
+        """Bring the maps back below their memory limit, if clean regions can go."""
+        if self.owner is not None:
+            self.env.maps.evict(self.owner)
 
     async def load_edges(self, lba: int, count: int) -> None:
         """Bring in what `append_write` and `append_fill` of the range need; it may be the last part of a request, with
         which the parts before take effect too."""
-        ranges = [(lba, count), *((part_lba, part_count) for _, part_lba, part_count, _ in self._parts)]
+        ranges = [(lba, count), *self._partial]
         evict = True
         while wanted := list(dict.fromkeys(pair for part in ranges for pair in self.map.missing_edges(*part))):
             await self.load(wanted, evict=evict)
@@ -316,6 +361,7 @@ class Disk:
     async def _read_zones(self, lba: int, entry: int, segment: Segment, count: int, into: memoryview) -> list[int]:
         """Fill `into` from the zones; indices of damaged blocks. A block that the map has moved meanwhile is read
         where it is now before it counts as damaged."""
+        holders = segment.zones  # one that is put out before it has the seal is taken off the segment
         try:
             data, bad = await read_run(self.env, segment, entry & BLOCK_IN_SEGMENT_MASK, count)
         except Corrupt:
@@ -328,8 +374,13 @@ class Disk:
                 await self.load(wanted)
             part = into[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
             if self.map.lookup(lba + i) == entry + i:
+                out = [z for z in holders if z not in self.env.in_service]
+                if out:  # nobody can say that it is damaged
+                    names = ", ".join(repr(self.env.zones[z]) for z in out)
+                    raise Unavailable(f"block {lba + i} of log {self.log} is on zones that are out: {names}")
                 part[:] = bytes(BLOCK_BYTES)
                 damaged.append(i)
+                self.damage.note(lba + i, entry + i)
                 continue
             try:
                 if await self.read(lba + i, 1, part):
@@ -356,14 +407,3 @@ def stretch(segment: Segment, block: int, count: int) -> tuple[int, bool]:
     while n < count and (memory[block + n] is not None) is in_memory:
         n += 1
     return n, in_memory
-
-
-def merge_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join touching (offset, length) ranges; input ascending."""
-    merged: list[tuple[int, int]] = []
-    for offset, length in ranges:
-        if merged and merged[-1][0] + merged[-1][1] == offset:
-            merged[-1] = (merged[-1][0], merged[-1][1] + length)
-        else:
-            merged.append((offset, length))
-    return merged

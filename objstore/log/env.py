@@ -1,20 +1,26 @@
 """What all logs of one open store share: zones, clock, settings, segments, buffers, the account of dirty data."""
 
 import asyncio
+import logging
 import mmap
 import random
 import resource
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol
 
-from objstore.backend.base import Handle
+from objstore.backend.base import Handle, ZoneFailed
 from objstore.clock import Clock
+from objstore.errors import StoreError, Unavailable
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX
+from objstore.log.mapmemory import MapMemory
 from objstore.log.segment import Segment
+from objstore.replica.watch import ZoneWatch
 from objstore.replica.zone import Executor, Zone
 from objstore.units import BLOCK_BYTES
 from objstore.volume.settings import StoreSettings
+
+log = logging.getLogger(__name__)
 
 BUFFER_BYTES: Final = (1 + RECORD_DATA_BLOCKS_MAX) * BLOCK_BYTES
 BUFFERS_IDLE_MAX: Final = 64
@@ -25,6 +31,11 @@ RESERVE_SEGMENTS: Final = 4
 """Segments' worth of space in every zone that client writes leave free, so that deletes, trims, checkpoints and
 collection can always go on and free more. dirty_bytes_max comes on top: opening after a crash copies what was not yet
 sealed before the old files go, and that is at most what was dirty."""
+READ_ERRORS_MAX: Final = 64
+"""Reads that a zone may fail, each of them answered by another zone, before it is put out: a bad sector is no reason to
+do without a disk, a disk that reads nothing is."""
+SUGGEST_SECONDS: Final = 5.0
+"""Between attempts to put out a zone that lags and was refused."""
 DESCRIPTORS_SHARE: Final = 4
 """Of the descriptors that this process may have, at most one in so many is a segment kept open for reading."""
 
@@ -45,10 +56,41 @@ class BufferPool:
             self._idle.append(buffer)
 
 
+class Membership(Protocol):
+    """Which zones are in service, and how one is put out (replica/membership.py)."""
+
+    in_service: frozenset[int]
+
+    async def exclude(self, zones: Iterable[int], reason: str) -> None: ...
+
+    def on_change(self, listener: Callable[[], None]) -> None: ...
+
+
+class Log(Protocol):
+    """A log's writer, as far as zones that come and go concern it."""
+
+    def zones_changed(self, gone: frozenset[int]) -> None:
+        """A new epoch is in force; the zones in `gone` were in service before."""
+        ...
+
+    def zones_stay(self, failing: frozenset[int], error: StoreError) -> None:
+        """These zones failed and could not be put out in time."""
+        ...
+
+    def owed_since(self, zone: int, now: float) -> float | None:
+        """Since when the zone has owed this log something that is wanted durable."""
+        ...
+
+    def can_lose(self, zone: int) -> bool:
+        """Whether enough copies of everything, and zones for what comes, would stay without that zone."""
+        ...
+
+
 class Env:
     """Shared state of an open store. Touched by the event loop only.
 
     Holds: dirty_bytes = bytes of records that are not yet durable on all their zones, over all logs.
+    in_service: numbers of the zones that the epoch in force names. failing: zones that are to be put out, and why.
     """
 
     def __init__(
@@ -82,15 +124,214 @@ class Env:
         self.bugs: frozenset[str] = frozenset()
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.readers_max = max(16, min(READERS_MAX, soft_limit // (DESCRIPTORS_SHARE * len(zones))))
-        self.map_bytes: Callable[[], int] = lambda: 0
-        """Memory of the maps of all open disks."""
+        self.maps = MapMemory(settings.map_memory_bytes)
         self.bad_copies = 0
         """Blocks and directories that a zone returned with a wrong checksum since the store was opened."""
+        self.on_bad_copy: Callable[[Segment, int], None] = lambda segment, zone: None
+        """Told of every segment and zone whose copy turned out bad or missing while it was read."""
         self.crc_cache: deque[Segment] = deque()
+        self.in_service = frozenset(zone.index for zone in zones)
+        self.failing: dict[int, StoreError] = {}
+        self.logs: list[Log] = []
+        """Those that are open for writing."""
+        self.watch: ZoneWatch | None = None
+        self._membership: Membership | None = None
+        self._refused: StoreError | None = None
+        """Why zones that fail can't be put out, once that is final."""
+        self._putting_out: asyncio.Task[None] | None = None
+        self._suggested: dict[int, StoreError] = {}
+        """The zone that is being put out because it lags, and why."""
+        self._suggesting: asyncio.Task[None] | None = None
+        self._suggest_again: asyncio.TimerHandle | None = None
+        """Runs after a refusal, until the next attempt."""
+        self._news = asyncio.Event()
+        self._change_waiters: list[asyncio.Future[None]] = []
+        self._orphans: dict[int, list[Handle]] | None = None
+        """While an epoch comes into force: what was open in the zones that it leaves out."""
         self.request_syncs: list[Callable[[], None]] = []
         """For each log that may have dirty data: start making it durable."""
         self._dirty_waiters: deque[asyncio.Future[None]] = deque()
         self._readers: deque[Segment] = deque()
+
+    # -- zones --------------------------------------------------------------------------------------------------
+
+    def join(self, membership: Membership) -> None:
+        """Follow the store's membership from now on, and watch its zones until `leave`."""
+        self._membership = membership
+        self.in_service = membership.in_service
+        membership.on_change(self._zones_changed)
+        self.watch = ZoneWatch(
+            self.executor,
+            self.clock,
+            self.settings.zone_deadline_seconds,
+            zones=lambda: [self.zones[z] for z in sorted(self.in_service)],
+            lag=self._lag,
+            expendable=self._expendable,
+            lagging=self.zone_lagging,
+            failing=self.zone_failing,
+        )
+        self.watch.start()
+
+    def leave(self) -> None:
+        """The store is closed: put nobody out any more."""
+        if self.watch is not None:
+            self.watch.close()
+        self._membership = None
+        for task in (self._putting_out, self._suggesting):
+            if task is not None:
+                task.cancel()
+        if self._suggest_again is not None:
+            self._suggest_again.cancel()
+
+    def serving(self, zones: Iterable[int]) -> tuple[int, ...]:
+        """Those of the zones that are in service, in their order."""
+        in_service = self.in_service
+        return tuple(z for z in zones if z in in_service)
+
+    def lost(self, zone: int) -> ZoneFailed:
+        """What calls of a zone that is out of service end with."""
+        return ZoneFailed(f"{self.zones[zone]!r} is out of service: {self.zones[zone].error}")
+
+    def zone_failing(self, zone: int, error: StoreError) -> bool:
+        """A call of that zone failed, or it lags: see that it is put out. The one place for it; at once and any number
+        of times. False: that can't be; whoever needs the zone has to give up."""
+        if self._membership is None or self._refused is not None:
+            self.zones[zone].error = self.zones[zone].error or error
+            return False
+        if zone in self.in_service and zone not in self.failing:
+            self.failing[zone] = error
+            self.zones[zone].error = error
+            log.error("%r failed and is put out: %s", self.zones[zone], error)
+            self._news.set()
+            if self._putting_out is None:
+                self._putting_out = self.loop.create_task(self._put_out())
+        return True
+
+    def read_failed(self, zone: int, error: StoreError) -> None:
+        """A read failed on that zone, and goes to another one."""
+        where = self.zones[zone]
+        if not isinstance(error, ZoneFailed):
+            return  # a copy is missing there: that is repaired
+        where.read_errors += 1
+        if where.read_errors >= READ_ERRORS_MAX and self._expendable(zone):
+            self.zone_lagging(zone, error)
+
+    def zone_lagging(self, zone: int, error: StoreError) -> None:
+        """As zone_failing, for a zone that is only bad to have: where it can't be put out it stays, and nobody gives
+        up because of it."""
+        if self._membership is None or self._suggested or self._suggest_again is not None:
+            return
+        self._suggested[zone] = error
+        self._suggesting = self.loop.create_task(self._suggest(zone, error))
+
+    async def _suggest(self, zone: int, error: StoreError) -> None:
+        assert self._membership is not None
+        try:
+            await self._membership.exclude([zone], str(error))
+        except StoreError as refused:
+            log.warning("%r is not put out although it should: %s: %s", self.zones[zone], error, refused)
+            self._suggest_again = self.loop.call_later(SUGGEST_SECONDS, self._may_suggest)
+        finally:
+            self._suggested.clear()
+
+    def _may_suggest(self) -> None:
+        self._suggest_again = None
+
+    async def put_out(self, zone: int, error: StoreError) -> None:
+        """As zone_failing; return when the epoch without the zone is durable. Unavailable: it could not be put out."""
+        while zone in self.in_service:
+            if not self.zone_failing(zone, error):
+                raise Unavailable(f"{self.zones[zone]!r} failed: {error}")
+            await self.zones_change()
+
+    async def zones_change(self) -> None:
+        """Wait for the next change of epoch, or until it is clear that zones which fail can't be put out."""
+        waiter: asyncio.Future[None] = self.loop.create_future()
+        self._change_waiters.append(waiter)
+        await waiter
+
+    async def _put_out(self) -> None:
+        """Put the failing zones out, those that fail meanwhile included. Where that is refused a zone that comes back
+        may help; after write_wait_seconds the logs that need the failing ones give up."""
+        membership = self._membership
+        assert membership is not None
+        give_up: float | None = None
+        while self.failing:
+            self._news.clear()
+            reasons = "; ".join(f"{self.zones[z]!r}: {error}" for z, error in self.failing.items())
+            try:
+                await membership.exclude(frozenset(self.failing), reasons)
+            except StoreError as error:
+                if give_up is None:
+                    log.error("zones failed and can't be done without: %s", error)
+                    give_up = self.loop.time() + self.settings.write_wait_seconds
+                if self.loop.time() >= give_up:
+                    self._refuse(error)
+                    return
+                timer = self.loop.call_at(give_up, self._news.set)
+                await self._news.wait()
+                timer.cancel()
+        self._putting_out = None
+
+    def _refuse(self, error: StoreError) -> None:
+        self._refused = error
+        for each in list(self.logs):
+            each.zones_stay(frozenset(self.failing), error)
+        self._wake_change()
+
+    def _zones_changed(self) -> None:
+        """A new epoch is in force: everybody goes on without the zones that it leaves out."""
+        assert self._membership is not None
+        before, self.in_service = self.in_service, self._membership.in_service
+        gone = before - self.in_service
+        known = {**self._suggested, **self.failing}
+        errors = {z: known.get(z, ZoneFailed("put out by the administrator")) for z in gone}
+        for z in gone:
+            self.failing.pop(z, None)
+        for z in self.in_service - before:
+            self.zones[z].error = None
+            self.zones[z].read_errors = 0
+        for z, error in errors.items():
+            self.zones[z].error = error
+            log.warning("%r is out of service: %s", self.zones[z], error)
+        orphans: dict[int, list[Handle]] = {z: [] for z in gone}
+        self._orphans = orphans
+        for each in list(self.logs):
+            each.zones_changed(gone)
+        for segment in self.segments.values() if gone else ():
+            if segment.handles or segment.replaced:
+                for z in gone:
+                    orphans[z] += segment.lose_handles(z)
+        self._orphans = None
+        for z in gone:
+            # Behind the logs, which have taken back the memory that a call under way may still read. Nobody may wait
+            # for its calls any more, and nobody close a descriptor that one of them still uses.
+            self.executor.abandon(z, self.lost(z), orphans[z])
+        self._news.set()
+        self._wake_change()
+
+    def orphan(self, zone: int, handle: Handle) -> None:
+        """Nobody needs this handle of a zone that is out of service: closing it here could hang, or let a call that
+        hangs go to another file."""
+        if self._orphans is not None and zone in self._orphans:
+            self._orphans[zone].append(handle)
+        else:
+            self.executor.abandon(zone, self.lost(zone), [handle])
+
+    def _wake_change(self) -> None:
+        waiters, self._change_waiters = self._change_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _lag(self, zone: int, now: float) -> float | None:
+        owing = [since for each in self.logs if (since := each.owed_since(zone, now)) is not None]
+        return min(owing, default=None)
+
+    def _expendable(self, zone: int) -> bool:
+        return not self.failing and all(each.can_lose(zone) for each in self.logs)
+
+    # -- dirty data ---------------------------------------------------------------------------------------------
 
     def release_dirty(self, count_bytes: int) -> None:
         """`count_bytes` became durable."""
@@ -112,6 +353,8 @@ class Env:
         waiter: asyncio.Future[None] = self.loop.create_future()
         self._dirty_waiters.append(waiter)
         await waiter
+
+    # -- segments -----------------------------------------------------------------------------------------------
 
     def trim_crc_cache(self) -> None:
         """Forget the CRCs of the segments that have had theirs longest; a read of them loads the directory again."""

@@ -1,31 +1,45 @@
-"""Keeps one disk's log short: checkpoints, freeing of dead segments, eviction of map regions.
+"""Keeps one disk's log short and its map small: checkpoints, freeing of dead segments, eviction of map regions.
 
 A checkpoint begins at a boundary between segments, in one loop turn: the dirty regions are frozen, position and segment
 table noted. Then, while clients go on: the segments below are sealed durably, the frozen regions written, and the
 checkpoint commits by appearing under its name in every zone of the disk.
+
+Every step in the event loop is bounded, whatever the size of the disk; what numpy does with a whole root or table is
+done in a zone's thread, on arrays that nobody changes.
 
 Dead segments are freed after two checkpoints that began after their death are complete: the newest checkpoint may turn
 out unreadable, and the one before it needs its tail. The two newest checkpoints, and older ones whose map pages they
 refer to, are kept.
 """
 
+from __future__ import annotations
+
 import asyncio
+import contextlib
+import itertools
 import logging
+from array import array
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from objstore.errors import Corrupt, FormatError, NoSpace, StoreError
-from objstore.format.checkpoint import DEAD, LIVE, ROOT, TABLE, CheckpointHeader
+from objstore.backend.base import ZoneFailed
+from objstore.errors import Corrupt, FormatError, NoSpace, StoreError, Unavailable
+from objstore.format.checkpoint import DEAD, LIVE, TABLE, CheckpointHeader
 from objstore.log.blockmap import Frozen, PageRef
 from objstore.log.checkpoint import CheckpointWriter, checkpoint_name, load_pages
 from objstore.log.disk import Disk
 from objstore.log.regions import Region, decode_region, tally
+from objstore.log.root import Root, in_checkpoints, live_bytes, merged, without
 from objstore.log.segment import Segment
+from objstore.replica.zone import run
 from objstore.units import REGION_BLOCKS
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OPERATIONS_BETWEEN_MIN: Final = 1 << 20
 OPERATIONS_BETWEEN_MAX: Final = 1 << 23
@@ -43,8 +57,17 @@ DEAD_SHARE: Final = 25
 """Dead segments of this part of the live data make a checkpoint due: two follow before they are free, so about a tenth
 of the live data waits."""
 IDLE_SECONDS: Final = 5.0
+BOUNDARY_SECONDS: Final = 0.1
+"""A checkpoint that is wanted soon waits so long for the open segment to become full: a segment cut short can't be used
+again, and half of all segment files were new ones when each such checkpoint cut one."""
 REWRITE_BYTES_MAX: Final = 16 << 20
+REWRITE_PAGES_MAX: Final = 1 << 12
 COUNTED_AT_ONCE: Final = 64
+EVICT_AT_ONCE: Final = 64
+PAGES_AT_ONCE: Final = 256
+"""Map pages encoded between two turns of the event loop: 3 to 40 us each."""
+ROWS_AT_ONCE: Final = 2048
+"""The same for rows of the segment table, 2 us each."""
 
 
 class Uncounted(NamedTuple):
@@ -58,9 +81,9 @@ class Keeper:
     """Checkpoints and freeing for one disk. Touched by the event loop only; one checkpoint at a time (`_task`).
 
     number: of the newest complete checkpoint. durable_number: of the newest that is known to be durable in its zones;
-    the one found at opening may not be, if no head has named it yet. pages: where the page of each region is, as the
-    root of `number` says. sizes: bytes of each checkpoint object that is kept. next_segment, previous_next_segment:
-    where the tails of the newest and of the one before begin.
+    the one found at opening may not be, if no head has named it yet. root: where the page of each region is, as
+    `number` says. sizes: bytes of each checkpoint object that is kept. next_segment, previous_next_segment: where the
+    tails of the newest and of the one before begin.
     """
 
     def __init__(self, disk: Disk) -> None:
@@ -71,7 +94,7 @@ class Keeper:
         self.position = 0
         self.next_segment = 0
         self.previous_next_segment = 0
-        self.pages: dict[int, PageRef] = {}
+        self.root = Root()
         self.sizes: dict[int, int] = {}
         self.previous_needs: frozenset[int] = frozenset()
         self.freed = 0
@@ -86,12 +109,73 @@ class Keeper:
         self._closed = False
         self.tight = False
         self._timer: asyncio.TimerHandle | None = None
+        self._press_timer: asyncio.TimerHandle | None = None
+        disk.owner = self
+        disk.on_whole = self._resume
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """The disk serves from now on: its map takes part in the account of memory."""
+        memory = self.disk.env.maps
+        self.disk.map.join(memory)
+        memory.owners.append(self)
+
+    def leave(self) -> None:
+        """The map's memory doesn't count any more: the log has failed or is closed. Idempotent."""
+        memory = self.disk.env.maps
+        self.disk.map.leave()
+        if self in memory.owners:
+            memory.owners.remove(self)
+        memory.wake()
+
+    @property
+    def pinned_bytes(self) -> int:
+        """See MapOwner."""
+        return self.disk.map.pinned_bytes
+
+    @property
+    def error(self) -> StoreError | None:
+        """See MapOwner."""
+        return self.disk.writer.error
+
+    def relieve(self) -> None:
+        """See MapOwner."""
+        self._force()
+
+    async def map_room(self, grows: Callable[[], bool]) -> None:
+        """Wait until a change that `grows` tells about may be made to the map (MapMemory.room). NoSpace; Unavailable:
+        the log failed."""
+
+        def still_grows() -> bool:
+            if self.disk.writer.error is not None:
+                raise self.disk.writer.error
+            return grows()
+
+        await self.disk.env.maps.room(still_grows)
+
+    def evict(self, excess_bytes: int) -> None:
+        """See MapOwner."""
+        blockmap = self.disk.map
+        while excess_bytes > 0:
+            before = blockmap.loaded_bytes
+            for region in blockmap.eviction_candidates(EVICT_AT_ONCE):
+                ref = self.root.get(region)
+                if ref is not None:
+                    blockmap.evict(region, ref)
+            freed = before - blockmap.loaded_bytes
+            if freed <= 0:
+                return
+            excess_bytes -= freed
 
     # -- when ---------------------------------------------------------------------------------------------------
 
     def due(self) -> bool:
-        """Whether the tail has become long enough, or enough dead segments wait, for a checkpoint."""
+        """Whether the tail has become long enough, enough dead segments wait, or the map pins too much memory, for a
+        checkpoint."""
         disk = self.disk
+        if disk.env.maps.due(disk.map.pinned_bytes):
+            return True
         operations = disk.writer.position - self.position
         limit = OPERATIONS_PER_REGION * len(disk.map.dirty)
         if operations >= max(OPERATIONS_BETWEEN_MIN, min(OPERATIONS_BETWEEN_MAX, limit)):
@@ -107,13 +191,26 @@ class Keeper:
         if self._task is None and not self._closed and not self.disk.between_parts and (self.wanted or self.due()):
             self._begin()
 
-    def hurry(self, *, now: bool) -> None:
-        """Dead segments wait: see that checkpoints come even if no client writes any more."""
+    def hurry(self, *, now: bool, waited_for: bool) -> None:
+        """Dead segments wait: see that checkpoints come even if no client writes any more.
+
+        now: space is short. waited_for: nothing goes on until some is freed.
+        """
         self.tight = now
         if now and not self.gave_up:
-            self._force()
+            if waited_for or not self.disk.writer.has_records:
+                self._force()
+            elif self._task is None and not self._closed:
+                self.wanted = True
+                if self._press_timer is None:
+                    self._press_timer = self.disk.env.loop.call_later(BOUNDARY_SECONDS, self._press)
         elif self._timer is None:
             self._timer = self.disk.env.loop.call_later(IDLE_SECONDS, self._idle)
+
+    def _press(self) -> None:
+        self._press_timer = None
+        if self.wanted:
+            self._force()
 
     def _idle(self) -> None:
         self._timer = None
@@ -122,13 +219,20 @@ class Keeper:
 
     def _force(self) -> None:
         disk = self.disk
-        if self._task is not None or self._closed or disk.between_parts or disk.writer.error is not None:
+        if self._task is not None or self._closed or disk.writer.error is not None:
             return
         self.wanted = True
+        if disk.between_parts:
+            return  # `_resume` follows
         if disk.writer.has_records:
             disk.writer.finish_segment()
         else:
             self.boundary()
+
+    def _resume(self) -> None:
+        """A request of several parts is complete, or given up."""
+        if self.wanted:
+            self._force()
 
     async def checkpoint(self) -> None:
         """Write a checkpoint of everything appended before this call. StoreError: it could not be written."""
@@ -162,56 +266,45 @@ class Keeper:
             self.next_segment,
         )
         self.next_number += 1
-        live = [segment for segment in disk.segments.values() if segment.number < next_segment]
+        rows = [(segment, LIVE) for segment in disk.segments.values() if segment.number < next_segment]
+        live = array("I", [max(0, segment.live) for segment, _ in rows])
         dead = [segment for segment, _ in disk.dead.values()]
         # The counters of this moment: replay of the tail goes on from there. What large discards have dropped by now is
         # still in them, and nobody will remember after the next opening: it is counted while the pages are written.
         uncounted = Uncounted(disk.map.dropped.copy(), disk.map.dropped_refs.copy())
-        rows = [(segment, segment.live, LIVE) for segment in live]
-        rows += [(segment, 0, DEAD) for segment, seen in disk.dead.values() if not seen]
+        rows += [(segment, DEAD) for segment, seen in disk.dead.values() if not seen]
         frozen = disk.map.freeze()
-        self._task = disk.env.loop.create_task(self._write(header, frozen, rows, dead, uncounted))
+        self._task = disk.env.loop.create_task(self._write(header, frozen, rows, live, dead, uncounted))
         disk.writer.watch(self._task)
 
     async def _write(
         self,
         header: CheckpointHeader,
         frozen: Frozen,
-        rows: list[tuple[Segment, int, int]],
+        rows: list[tuple[Segment, int]],
+        live: array[int],
         dead: list[Segment],
         uncounted: Uncounted,
     ) -> None:
         disk = self.disk
-        changed = frozen.regions
-        output = CheckpointWriter(disk.env, header, disk.checkpoint_zones(header.number))
+        zones = disk.checkpoint_zones(header.number)
+        output = CheckpointWriter(disk.env, header, zones)
         try:
             await disk.writer.sealed_below(header.next_segment)
             await output.open()
-            for region in sorted(changed):
-                page = frozen.take(region)
-                if page:
-                    await output.add(region, page)
-            pages = {region: ref for region, ref in self.pages.items() if region not in changed}
-            moved = await self._rewrite(output, pages)
-            pages.update(output.refs)
-            gone = await self._count(uncounted)
-            table = np.array(
-                [
-                    (
-                        s.number,
-                        s.blocks,
-                        s.seal_crc,
-                        max(0, live - gone.get(s.key, 0)),
-                        sum(1 << z for z in s.zones),
-                        s.generation,
-                        state,
-                    )
-                    for s, live, state in rows
-                ],
-                TABLE,
-            )
-            root = np.array([(r, ref.checkpoint, ref.length, ref.offset) for r, ref in pages.items()], ROOT)
-            await output.finish(root, table)
+            changed = np.sort(np.fromiter(frozen.regions, np.uint64, len(frozen.regions)))
+            for low in range(0, len(changed), PAGES_AT_ONCE):
+                for region in changed[low : low + PAGES_AT_ONCE].tolist():
+                    page = frozen.take(region)
+                    if page:
+                        await output.add(region, page)
+                await asyncio.sleep(0)
+            root = await self._aside(without, self.root, changed)
+            moved = await self._rewrite(output, root)
+            root = await self._aside(merged, root, output.rows)
+            live_in = await self._aside(live_bytes, root)
+            table = await _table(rows, live, await self._count(uncounted))
+            await output.finish(root.rows, table)
         except StoreError as error:
             frozen.abort()
             self._failed = error
@@ -224,12 +317,22 @@ class Keeper:
         else:
             self.gave_up = False
             frozen.commit()
-            self._complete(header, output, pages, moved, dead)
+            self._complete(header, output, root, frozenset(live_in), moved, dead)
         finally:
             self._task = None
-        disk.evict()
+        disk.env.maps.evict(self)
+        disk.env.maps.wake()
         if self.on_progress is not None:
             self.on_progress()
+
+    async def _aside(self, function: Callable[..., T], *args: Any) -> T:
+        """Work on arrays in a thread of one zone after the other, until it is done. Unavailable: no zone is there."""
+        env = self.disk.env
+        for zone in sorted(env.in_service):
+            if zone in env.in_service:
+                with contextlib.suppress(ZoneFailed):  # put out meanwhile; the work has nothing to do with it
+                    return await run(env.executor, zone, function, *args)
+        raise Unavailable(f"no zone is in service log={self.disk.log}")
 
     async def _count(self, uncounted: Uncounted) -> dict[int, int]:
         """Data blocks of dropped regions, by segment key; without those whose pages can't be read."""
@@ -244,28 +347,22 @@ class Keeper:
             try:
                 for _, _, page in await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones):
                     tally(decode_region(page), 0, REGION_BLOCKS, counts)
-            except (Corrupt, FormatError) as error:
+            except (Corrupt, FormatError, Unavailable) as error:
                 log.warning("live counters stay too high: %s", error)
         return counts
 
-    async def _rewrite(self, output: CheckpointWriter, pages: dict[int, PageRef]) -> dict[int, PageRef]:
+    async def _rewrite(self, output: CheckpointWriter, root: Root) -> dict[int, PageRef]:
         """Take over the pages of old checkpoints that are mostly dead, so that those can go: their former places."""
-        live: dict[int, int] = {}
-        for ref in pages.values():
-            live[ref.checkpoint] = live.get(ref.checkpoint, 0) + ref.length
-        sparse = {n for n, size in self.sizes.items() if n != self.number and live.get(n, 0) * 2 < size}
-        budget = REWRITE_BYTES_MAX
-        wanted: list[tuple[int, PageRef]] = []
-        for region, ref in pages.items():
-            if ref.checkpoint in sparse and budget > 0:
-                wanted.append((region, ref))
-                budget -= ref.length
-        moved: dict[int, PageRef] = {}
         disk = self.disk
-        if wanted:
+        moved: dict[int, PageRef] = {}
+        live = await self._aside(live_bytes, root)
+        sparse = {n for n, size in self.sizes.items() if n != self.number and live.get(n, 0) * 2 < size}
+        wanted = await self._aside(in_checkpoints, root, sparse, REWRITE_BYTES_MAX) if sparse else []
+        del wanted[REWRITE_PAGES_MAX:]
+        for low in range(0, len(wanted), PAGES_AT_ONCE):
             try:
-                found = await load_pages(disk.env, disk.log, wanted, disk.checkpoint_zones)
-            except Corrupt as error:
+                found = await load_pages(disk.env, disk.log, wanted[low : low + PAGES_AT_ONCE], disk.checkpoint_zones)
+            except (Corrupt, Unavailable) as error:
                 log.error("old checkpoints can't be merged: %s", error)
                 return moved
             for region, ref, page in found:
@@ -277,24 +374,26 @@ class Keeper:
         self,
         header: CheckpointHeader,
         output: CheckpointWriter,
-        pages: dict[int, PageRef],
+        root: Root,
+        needs: frozenset[int],
         moved: dict[int, PageRef],
         dead: list[Segment],
     ) -> None:
         disk = self.disk
         for region, ref in moved.items():
-            disk.map.repoint(region, ref, pages[region])
-        needs = frozenset(ref.checkpoint for ref in pages.values())
+            now = root.get(region)
+            assert now is not None
+            disk.map.repoint(region, ref, now)
         keep = needs | self.previous_needs | {self.number, header.number}
         self.previous_needs = needs
         self.previous_next_segment, self.next_segment = self.next_segment, header.next_segment
         self.number = self.durable_number = header.number
         self.position = header.position
-        self.pages = disk.pages = pages
+        self.root = root
         self.sizes[header.number] = output.size_bytes
         for number in [n for n in self.sizes if n not in keep]:
             del self.sizes[number]
-            self._delete(checkpoint_name(disk.log, number), disk.checkpoint_zones(number))
+            self._delete(checkpoint_name(disk.log, number))
         for segment in dead:
             entry = disk.dead.get(segment.number)
             if entry is not None:
@@ -316,7 +415,10 @@ class Keeper:
             self._retire(segment)
 
     def _retire(self, segment: Segment) -> None:
-        left = len(segment.zones)
+        env = self.disk.env
+        # A copy on a zone out of service is not listed any more when that comes back, and is removed then.
+        zones = env.serving(segment.zones)
+        left = len(zones)
 
         def gone(result: object, error: BaseException | None) -> None:
             nonlocal left
@@ -328,7 +430,6 @@ class Keeper:
                     self.on_progress()
 
         disk = self.disk
-        env = disk.env
         segment_blocks = disk.writer.segment_blocks
         files = disk.total_blocks + disk.dead_blocks + env.spare_blocks + segment.blocks
         again = (
@@ -337,13 +438,20 @@ class Keeper:
         )
         if again:
             env.spare_blocks += segment.blocks
-        for zone in segment.zones:
+        for zone in zones:
             backend = env.zones[zone].backend
             env.executor.submit(zone, backend.retire if again else backend.delete, (segment.name,), gone)
+        if not zones:
+            self.freed += 1
 
-    def _delete(self, name: str, zones: tuple[int, ...]) -> None:
-        for zone in zones:
+    def _delete(self, name: str) -> None:
+        for zone in self.disk.env.in_service:
             self.disk.env.executor.submit(zone, self.disk.env.zones[zone].backend.delete, (name,), _ignored)
+
+    def drop_checkpoint(self, number: int) -> None:
+        """Remove copies of a checkpoint that is not kept any more."""
+        if number not in self.sizes:
+            self._delete(checkpoint_name(self.disk.log, number))
 
     async def settled(self) -> None:
         """Wait for the checkpoint under way, if any."""
@@ -353,10 +461,37 @@ class Keeper:
     async def close(self) -> None:
         """Wait for the checkpoint under way; begin no other."""
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self.leave()
+        for timer in (self._timer, self._press_timer):
+            if timer is not None:
+                timer.cancel()
         while self._task is not None:
             await asyncio.wait([self._task])
+
+
+async def _table(rows: list[tuple[Segment, int]], live: array[int], gone: dict[int, int]) -> npt.NDArray[np.void]:
+    """The segment table. rows: segments and states; live: counters of the first of them, the others have none; gone:
+    blocks that those still have too many, by segment key."""
+    table = np.zeros(len(rows), TABLE)
+    for low in range(0, len(rows), ROWS_AT_ONCE):
+        table[low : low + ROWS_AT_ONCE] = [
+            (
+                segment.number,
+                segment.blocks,
+                segment.seal_crc,
+                max(0, counted - gone.get(segment.key, 0)),
+                sum(1 << z for z in segment.zones),
+                segment.generation,
+                state,
+            )
+            for (segment, state), counted in zip(
+                rows[low : low + ROWS_AT_ONCE],
+                itertools.chain(live[low : low + ROWS_AT_ONCE], itertools.repeat(0)),
+                strict=False,
+            )
+        ]
+        await asyncio.sleep(0)
+    return table
 
 
 def _ignored(result: object, error: BaseException | None) -> None:

@@ -1,21 +1,33 @@
 """One log's way to one zone: what is handed over, what a sync covers, in which thread it is done.
 
 A sync covers what was written before it was issued, in the files that it was issued for, in that zone alone: the lists
-are taken when the job is made. An error ends a job; what it left unknown is never tried again on the same pages.
+are taken when the job is made. An error ends a job and with it the lane; what it left unknown is never tried again on
+the same pages. Only a write that found no space has sent nothing to its pages, and is made again after a while.
 """
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-from objstore.errors import StoreError
+from objstore.backend.base import Handle, ZoneFailed
+from objstore.errors import NoSpace, StoreError
 from objstore.log.env import Env
 from objstore.log.segment import Record, Segment
-from objstore.replica.zone import Call, Executor
+from objstore.replica.zone import Call
 from objstore.units import BLOCK_SHIFT
 
 JOB_BYTES_MAX: Final = 16 << 20
+RETRIED: Final = frozenset({"write", "write_around", "write_soon", "write_durable", "truncate"})
+"""Calls that may be made again after NoSpace: what they left unknown is written again from memory. A sync is none: it
+has older writes behind it."""
+FULL_RETRY_SECONDS: Final = 0.5
+"""Until a write into allocated space that found the zone full is made again (file systems that copy on write)."""
+SHARED_BYTES_MAX: Final = 256 << 10
+"""Synced jobs up to this size of zones on one file system share a thread."""
+SEALS_WAITING_MAX: Final = 4
+"""Segments whose seal alone is not synced yet, in one zone."""
 Step = tuple[Any, ...]
 """A blocking call and its arguments."""
 
@@ -34,9 +46,12 @@ class Seal:
 
 
 class Job(NamedTuple):
-    """What a lane does next. synced: what is durable in the zone when it has succeeded."""
+    """What a lane does next. synced: what is durable in the zone when it has succeeded. begin, rest: the same work for
+    `run_abreast`, if the job is small and synced: writes that wait for nothing, and what comes behind them."""
 
     steps: list[Step]
+    begin: list[Step]
+    rest: list[Step]
     written: "list[Record | Seal]"
     synced: "list[Record | Seal]"
 
@@ -53,13 +68,17 @@ class LaneOwner(Protocol):
 
     def zone_failed(self, zone: int, error: BaseException) -> None: ...
 
+    def zone_full(self, zone: int, error: NoSpace) -> None: ...
+
     def lane_idle(self) -> None: ...
 
 
 class Lane:
     """One log's way to one zone: at most one job under way; what has gathered meanwhile is the next job.
 
-    queue: records and seals not yet handed over. unsynced: handed over and written, not covered by a sync.
+    queue: records and seals not yet handed over. seals: those whose segments await a sync. unsynced: handed over and
+    written, not covered by a sync. job: what is
+    under way. stopped: the zone failed and will be put out, or is full for the moment. gone: it is out of service.
     """
 
     def __init__(self, writer: LaneOwner, zone: int) -> None:
@@ -67,12 +86,44 @@ class Lane:
         self.zone = zone
         self.queue: deque[Record | Seal] = deque()
         self.unsynced: list[Record | Seal] = []
+        self.seals: list[Seal] = []
         self.busy = False
+        self.job: Job | None = None
+        self.stopped = False
+        self.gone = False
+        self.device = writer.env.zones[zone].device
+
+    def pending(self) -> "list[Record | Seal]":
+        """What the zone does not have durably yet, in log order."""
+        under_way = self.job.written if self.job is not None else []
+        return [*self.unsynced, *under_way, *self.seals, *self.queue]
+
+    def oldest_record(self) -> Record | None:
+        """The first record that the zone does not have durably yet."""
+        under_way = self.job.written if self.job is not None else ()
+        for item in itertools.chain(self.unsynced, under_way, self.queue):
+            if isinstance(item, Record):
+                return item
+        return None
+
+    def leave(self) -> "list[Record | Seal]":
+        """The zone is out of service: do nothing more; what it will never have. A call under way may hang, and keeps
+        the memory that it writes from."""
+        left = self.pending()
+        self.gone = self.stopped = True
+        self.queue.clear()
+        self.seals.clear()
+        self.unsynced.clear()
+        if self.job is not None:
+            for item in left:
+                if isinstance(item, Record):
+                    item.buffer = None  # not to be used again: it goes when the call returns
+        return left
 
     def _owes_sync(self) -> bool:
         writer = self.writer
         sync_position = writer.sync_position
-        for item in itertools.chain(self.unsynced, self.queue):
+        for item in itertools.chain(self.unsynced, self.queue, self.seals):
             if isinstance(item, Record):
                 if item.last_position <= sync_position:
                     return True
@@ -82,60 +133,106 @@ class Lane:
 
     def take_job(self) -> Job | None:
         """The next job, if there is something to do and none is under way; the lane is busy then."""
-        if self.busy or self.writer.error is not None:
+        if self.busy or self.stopped or self.writer.error is not None:
             return None
         sync = self._owes_sync()
         if not self.queue and not sync:
             return None
-        steps: list[Step] = []
-        dirty = {item.segment: None for item in self.unsynced}
-        was_clean = not dirty
+        begin: list[tuple[Handle, bool, int, list[memoryview]]] = []
+        # Segments with something unsynced: whether records, or a seal alone.
+        dirty: dict[Segment, bool] = {}
+        for item in self.unsynced:
+            dirty[item.segment] = dirty.get(item.segment, False) or isinstance(item, Record)
+        was_clean = not any(dirty.values())
         written: list[Record | Seal] = []
-        synced: list[Record | Seal] = []
         views: list[memoryview] = []
         last: Segment | None = None
         end = size = 0
         queue = self.queue
         while queue and size < JOB_BYTES_MAX:
             item = queue.popleft()
+            if isinstance(item, Seal):
+                self.seals.append(item)
+                continue
             segment = item.segment
-            handle = segment.handles[self.zone]
-            if isinstance(item, Record):
-                if segment is last and item.start == end:
-                    views.append(item.view)
-                else:
-                    views = [item.view]
-                    steps.append((handle.write, item.start << BLOCK_SHIFT, views))
-                last = segment
-                end = item.start + item.blocks
-                size += item.blocks << BLOCK_SHIFT
+            if segment is last and item.start == end:
+                views.append(item.view)
             else:
-                if segment in dirty:
-                    steps.append((handle.sync,))
-                    synced += [i for i in itertools.chain(self.unsynced, written) if i.segment is segment]
-                steps.append((handle.write, item.offset_bytes, [memoryview(item.data)]))
-                if item.truncate_bytes:
-                    steps.append((handle.truncate, item.truncate_bytes))
-                last = None
-                size += len(item.data)
-            dirty[segment] = None
+                views = [item.view]
+                handle = segment.handles[self.zone]
+                begin.append((handle, handle is segment.reader, item.start << BLOCK_SHIFT, views))
+            last = segment
+            end = item.start + item.blocks
+            size += item.blocks << BLOCK_SHIFT
+            dirty[segment] = True
             written.append(item)
-        if sync:
-            if was_clean and len(steps) == 1 and last is not None:
-                # Nothing older is unsynced, in this file or another: making just these bytes durable is enough.
-                steps = [(last.handles[self.zone].write_durable, *steps[0][1:])]
-            else:
-                steps += [(segment.handles[self.zone].sync,) for segment in dirty]
-            synced = self.unsynced + written
+        to_sync = self._to_sync(dirty) if sync else {}
+        rest: list[Step] = [(segment.handles[self.zone].sync,) for segment in to_sync]
+        synced = [item for item in itertools.chain(self.unsynced, written) if item.segment in to_sync]
+        rest += self._seal_steps(dirty, to_sync, written, synced)
+        if not begin and not rest:
+            return None
+        if was_clean and len(begin) == 1 and len(rest) == 1 and sync and size <= SHARED_BYTES_MAX:
+            # Nothing older is unsynced, in this file or another: making just these bytes durable is enough.
+            steps: list[Step] = [(begin[0][0].write_durable, *begin[0][2:])]
+        else:
+            steps = [(h.write if is_read else h.write_around, *where) for h, is_read, *where in begin]
+            steps += rest
         self.busy = True
-        return Job(steps, written, synced)
+        soon: list[Step] = [(h.write_soon, *where) for h, _, *where in begin]
+        self.job = Job(steps, soon, rest if sync and size <= SHARED_BYTES_MAX else [], written, synced)
+        return self.job
+
+    def _to_sync(self, dirty: dict[Segment, bool]) -> dict[Segment, bool]:
+        """Of the segments with something unsynced, in log order, those that a sync is due for. Seals alone can wait:
+        nothing but a checkpoint needs them, and syncs one right after the other cost little more than one."""
+        target = self.writer.seal_target
+        if sum(not records for records in dirty.values()) > SEALS_WAITING_MAX:
+            return dirty
+        return {segment: records for segment, records in dirty.items() if records or segment.number <= target}
+
+    def _seal_steps(
+        self,
+        dirty: dict[Segment, bool],
+        to_sync: dict[Segment, bool],
+        written: "list[Record | Seal]",
+        synced: "list[Record | Seal]",
+    ) -> list[Step]:
+        """Write the seals whose segments have nothing unsynced by then; sync those that are wanted."""
+        steps: list[Step] = []
+        waiting: list[Seal] = []
+        target = self.writer.seal_target
+        for seal in self.seals:
+            segment = seal.segment
+            if dirty.get(segment, False) and segment not in to_sync:
+                waiting.append(seal)
+                continue
+            handle = segment.handles[self.zone]
+            steps.append((handle.write, seal.offset_bytes, [memoryview(seal.data)]))
+            if seal.truncate_bytes:
+                steps.append((handle.truncate, seal.truncate_bytes))
+            written.append(seal)
+            if segment.number <= target:
+                steps.append((handle.sync,))
+                synced.append(seal)
+        self.seals = waiting
+        return steps
 
     def finished(self, job: Job, error: BaseException | None) -> None:
         """The job has ended; what gathered meanwhile is started by the caller."""
         self.busy = False
+        self.job = None
+        if self.gone:
+            return
         if error is not None:
-            self.unsynced += job.written
-            self.writer.zone_failed(self.zone, error)
+            self.stopped = True
+            if isinstance(error, NoSpace):
+                self.queue.extendleft(reversed(job.written))
+                self.writer.env.loop.call_later(FULL_RETRY_SECONDS, self._again)
+                self.writer.zone_full(self.zone, error)
+            else:
+                self.unsynced += job.written
+                self.writer.zone_failed(self.zone, error)
             return
         if job.synced:
             done = set(map(id, job.synced))
@@ -144,36 +241,83 @@ class Lane:
         else:
             self.unsynced += job.written
 
+    def _again(self) -> None:
+        """The zone was full: see whether it still is."""
+        if not self.gone:
+            self.stopped = False
+            start_jobs((self,))
+
 
 def start_jobs(lanes: Iterable[Lane]) -> None:
-    """Start whatever these lanes have to do, each in its zone's threads.
-
-    One thread for all zones on one file system was tried for small synced jobs: 750 us for a write + flush against 440,
-    because syncs that wait together share a journal commit and syncs one after the other do not.
-    """
-    calls = [call for lane in lanes if (call := _call_of(lane)) is not None]
+    """Start whatever these lanes have to do, each in its zone's threads; small synced jobs of zones that share a file
+    system in one thread."""
+    taken = [(lane, job) for lane in lanes if (job := lane.take_job()) is not None]
+    if not taken:
+        return
+    calls: list[Call] = []
+    while taken:
+        lane, job = first = taken.pop(0)
+        abreast = [first]
+        if job.rest and lane.device is not None and taken:
+            abreast += [pair for pair in taken if pair[1].rest and pair[0].device == lane.device]
+        if len(abreast) == 1:
+            calls.append(Call(lane.zone, run_steps, (job.steps,), functools.partial(_done, first)))
+        else:
+            taken = [pair for pair in taken if pair not in abreast]
+            jobs = [(job.begin, job.rest) for _, job in abreast]
+            done = functools.partial(_done_abreast, abreast)
+            calls.append(Call(lane.zone, run_abreast, (jobs,), done, tuple(other.zone for other, _ in abreast[1:])))
+    executor = lane.writer.env.executor
     if len(calls) == 1:
-        calls[0][0].submit(*calls[0][1])
-    elif calls:
-        calls[0][0].submit_together([call for _, call in calls])
+        executor.submit(*calls[0])
+    else:
+        executor.submit_together(calls)
 
 
-def _call_of(lane: Lane) -> tuple[Executor, Call] | None:
-    """The lane's next job as a call for its zone."""
-    job = lane.take_job()
-    if job is None:
-        return None
+def _done(pair: tuple[Lane, Job], _: object, error: BaseException | None) -> None:
+    lane, job = pair
+    lane.finished(job, error)
+    start_jobs((lane,))
+    if not lane.busy:
+        lane.writer.lane_idle()
 
-    def done(_: object, error: BaseException | None) -> None:
-        lane.finished(job, error)
-        start_jobs((lane,))
+
+def _done_abreast(
+    pairs: list[tuple[Lane, Job]], errors: list[StoreError | None] | None, error: BaseException | None
+) -> None:
+    for i, (lane, job) in enumerate(pairs):
+        lane.finished(job, errors[i] if errors is not None else error)
+    start_jobs([lane for lane, _ in pairs])
+    for lane, _ in pairs:
         if not lane.busy:
             lane.writer.lane_idle()
 
-    return lane.writer.env.executor, Call(lane.zone, run_steps, (job.steps,), done)
-
 
 def run_steps(steps: Sequence[Step]) -> None:
-    """In a zone's thread: the calls of one job, in order; the first error ends it."""
+    """In a zone's thread: the calls of one job, in order; the first error ends it.
+
+    NoSpace leaves only writes: after a sync that failed nobody knows what it left, whatever its error.
+    """
     for step in steps:
-        step[0](*step[1:])
+        try:
+            step[0](*step[1:])
+        except NoSpace as error:
+            if step[0].__name__ not in RETRIED:
+                raise ZoneFailed(f"a sync found no space: {error}") from error
+            raise
+
+
+def run_abreast(jobs: Sequence[tuple[list[Step], list[Step]]]) -> list[StoreError | None]:
+    """In one thread: jobs of zones that share a file system. All transfers are under way before any is waited for.
+
+    Returns each job's error; it ends that job only.
+    """
+    errors: list[StoreError | None] = [None] * len(jobs)
+    for part in (0, 1):
+        for i, job in enumerate(jobs):
+            if errors[i] is None:
+                try:
+                    run_steps(job[part])
+                except StoreError as error:
+                    errors[i] = error
+    return errors

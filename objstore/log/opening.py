@@ -9,12 +9,14 @@ A crash anywhere repeats the same steps from the old head: segments of an uncomm
 """
 
 import asyncio
+import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from objstore.errors import Corrupt
+from objstore.backend.base import Entry, ZoneFailed
+from objstore.errors import Corrupt, StoreError, Unavailable
 from objstore.format.record import FLAG_SHIFT, KIND_SHIFT, LBA_MASK
-from objstore.format.segment import Directory
+from objstore.format.segment import Directory, SegmentHeader
 from objstore.log.env import Env
 from objstore.log.segment import log_folder, segment_number
 from objstore.log.tail import (
@@ -27,13 +29,24 @@ from objstore.log.tail import (
     records_from,
     seal_of,
 )
+from objstore.log.trust import Trust
 from objstore.log.writer import LogWriter
-from objstore.replica.zone import run
+from objstore.replica.zone import run, run_long
 from objstore.units import BLOCK_BYTES
+
+logger = logging.getLogger(__name__)
 
 LOOKS_AT_ONCE = 64
 FRESH_MARGIN_BLOCKS = 8
 """Blocks that a segment needs beyond the data of its first record."""
+
+
+class Row(NamedTuple):
+    """A sealed segment that a head names; zones: who has it."""
+
+    number: int
+    seal_crc: int
+    zones: tuple[int, ...]
 
 
 class Head(NamedTuple):
@@ -41,14 +54,17 @@ class Head(NamedTuple):
 
     tail: segments that count although their generation is older. first_number: from here on every segment of
     `generation` counts. checkpoint: the newest that was durable when the head was written (0 = none). clean: the log
-    was closed.
+    was closed. epoch: id of the epoch in force then. copies: each of its segments was put on so many zones, None = on
+    every member.
     """
 
     generation: int
-    tail: tuple[int, ...]
+    tail: tuple[Row, ...]
     first_number: int
     checkpoint: int
     clean: bool
+    epoch: str = ""
+    copies: int | None = None
 
 
 class Base(NamedTuple):
@@ -64,135 +80,298 @@ class Tail(NamedTuple):
 
     sealed: directories of the segments kept, with the zones that hold each and the blocks of its file.
     rest: whole records behind them that must be copied.
-    unkept: every other segment that any zone shows, with those zones; garbage unless the base's table lists it.
-    empty: those of `unkept` behind the base that gave nothing; garbage at once, whatever becomes of this opening.
+    shown: every segment that any zone shows, with those zones.
+    empty: segments behind the base that gave nothing, with the zones where they are garbage at once, whatever becomes
+    of this opening.
     next_number: above everything seen. newest_wall_us: time of the last surviving record.
     """
 
     sealed: list[tuple[Directory, tuple[int, ...], int]]
     rest: list[SurvivingRecord]
-    unkept: dict[int, tuple[int, ...]]
-    empty: set[int]
+    shown: dict[int, tuple[int, ...]]
+    empty: dict[int, tuple[int, ...]]
     next_number: int
     newest_wall_us: int
 
 
-async def read_tail(env: Env, log: int, head: Head, base: Base, *, copy_all: bool = False) -> Tail:
-    """copy_all: keep no sealed segment, give every record in `rest` (the catalog).
+async def list_folder(env: Env, trust: Trust, folder: str) -> dict[int, list[Entry]]:
+    """The folder's objects in every zone that answers; one that doesn't is not here any more."""
+    zones = sorted(trust.here)
 
-    Corrupt: the log ends before something that is known to have been durable."""
-    zones = [zone.index for zone in env.zones]
-    listings = await asyncio.gather(*(run(env.executor, z, env.zones[z].backend.list, log_folder(log)) for z in zones))
-    holders: dict[int, list[int]] = {}
-    for z, listing in zip(zones, listings, strict=True):
+    async def one(z: int) -> list[Entry]:
+        try:
+            return await run_long(env.executor, z, env.zones[z].backend.list, folder)
+        except ZoneFailed as error:
+            silent(env, trust, z, error)
+            return []
+
+    listings = await asyncio.gather(*(one(z) for z in zones))
+    return {z: listing for z, listing in zip(zones, listings, strict=True) if z in trust.here}
+
+
+def silent(env: Env, trust: Trust, zone: int, error: StoreError) -> None:
+    """A zone failed while a log was opened: it is put out, and the log opened without it if that can be."""
+    logger.warning("%r failed: %s", env.zones[zone], error)
+    trust.lost(zone)
+    env.zone_failing(zone, error)
+
+
+def believe(trust: Trust, head: Head) -> None:
+    """Unavailable, naming zones, unless what was written after the head can't be in zones alone that don't answer."""
+    missing = [] if head.clean else trust.unanswered(head.epoch, head.copies)
+    if missing:
+        raise Unavailable(f"what was written last may be on zones that are missing: {', '.join(missing)}")
+
+
+async def read_tail(
+    env: Env,
+    log: int,
+    head: Head,
+    base: Base,
+    *,
+    copy_all: bool = False,
+    trust: Trust | None = None,
+    force: bool = False,
+) -> Tail:
+    """copy_all: keep no sealed segment, give every record in `rest` (the catalog). trust: whom to believe.
+
+    Corrupt: the log ends before something that is known to have been durable. Unavailable: it may go on in zones that
+    are not here; they are named. force: then take what there is.
+    """
+    trust = trust or Trust(env, None)
+    listings = await list_folder(env, trust, log_folder(log))
+    shown: dict[int, list[int]] = {}
+    for z, listing in listings.items():
         for entry in listing:
             number = segment_number(entry.name)
             if number is not None:
-                holders.setdefault(number, []).append(z)
-    next_number = max([head.first_number, base.next_segment, *(number + 1 for number in holders)])
-    listed = set(head.tail)
-    candidates = sorted(n for n in holders if n >= base.next_segment and (n in listed or n >= head.first_number))
-    missing = [n for n in head.tail if n >= base.next_segment and n not in holders]
-    if missing:
-        raise Corrupt(f"segments that the head names are missing log={log} segments={missing}")
-    position, previous_crc = base.position, base.previous_crc
-    sealed: list[tuple[Directory, tuple[int, ...], int]] = []
-    rest: list[SurvivingRecord] = []
-    kept: set[int] = set()
-    empty: set[int] = set()
-    claim = wall_us = 0
-    numbers = {zone.zone_id: zone.index for zone in env.zones}
-    # A committed head names only segments that were durable on all their zones by then.
-    looks = await _look(env, log, candidates, holders, set(candidates) if copy_all else listed)
-    for number in candidates:
-        seen = looks[number]
-        headers = [s.header for s in seen if s.header is not None]
-        directories = [s.directory for s in seen if s.directory is not None]
-        expected = None if number in listed else head.generation
-        if expected is not None and headers and all(h.generation != expected for h in headers):
-            empty.add(number)
-            continue  # where no zone shows a header, the records say which generation they are of
-        if directories and (expected is None or directories[0].generation == expected):
-            directory = directories[0]
-            claim = max(claim, directory.durable_upto)
-            follows = directory.previous_crc == previous_crc and directory.first_position == position + 1
-            if follows and not rest and not copy_all:
-                position, previous_crc = directory.last_position, directory.last_crc
-                wall_us = directory.wall_us
-                held = tuple(numbers[zone_id] for zone_id in headers[0].zones if zone_id in numbers) if headers else ()
-                size = next(s.size_bytes for s in seen if s.directory is not None)
-                sealed.append((directory, held or tuple(holders[number]), size // BLOCK_BYTES))
-                kept.add(number)
-                continue
-        images = await asyncio.gather(
-            *(run(env.executor, z, read_image, env.zones[z].backend, log, number) for z in holders[number])
-        )
+                shown.setdefault(number, []).append(z)
+    if not force:
+        believe(trust, head)
+    reader = _TailReader(env, log, head, base, trust, shown, copy_all, force)
+    await reader.read()
+    next_number = max([head.first_number, base.next_segment, *(number + 1 for number in shown)])
+    return Tail(
+        reader.sealed,
+        reader.rest,
+        {number: tuple(zones) for number, zones in shown.items()},
+        reader.empty,
+        next_number,
+        reader.wall_us,
+    )
+
+
+class _Look(NamedTuple):
+    """A segment as its zones show it. directory: of the seal that counts, `sealed` on these zones. readable: the zones
+    whose records may be taken. foreign: it belongs to no part of this log that counts."""
+
+    directory: Directory | None
+    sealed: tuple[int, ...]
+    size_bytes: int
+    readable: tuple[int, ...]
+    foreign: bool
+
+
+class _TailReader:
+    """One reading of a log's end; its results are the attributes without underscore."""
+
+    def __init__(
+        self,
+        env: Env,
+        log: int,
+        head: Head,
+        base: Base,
+        trust: Trust,
+        shown: dict[int, list[int]],
+        copy_all: bool,
+        force: bool,
+    ) -> None:
+        self._env = env
+        self._log = log
+        self._head = head
+        self._trust = trust
+        self._shown = shown
+        self._copy_all = copy_all
+        self._force = force
+        self._first = base.next_segment
+        self._position = base.position
+        self._previous_crc = base.previous_crc
+        self._rows = {row.number: row for row in head.tail if row.number >= base.next_segment}
+        self._claim = 0
+        self.sealed: list[tuple[Directory, tuple[int, ...], int]] = []
+        self.rest: list[SurvivingRecord] = []
+        self.empty: dict[int, tuple[int, ...]] = {}
+        self.wall_us = 0
+
+    async def read(self) -> None:
+        for row in self._rows.values():
+            if row.number not in self._shown:
+                self._missing(row)
+        first = self._head.first_number
+        numbers = sorted(n for n in self._shown if n >= self._first and (n in self._rows or n >= first))
+        looks: dict[int, _Look] = {}
+        for low in range(0, len(numbers), LOOKS_AT_ONCE):
+            part = numbers[low : low + LOOKS_AT_ONCE]
+            looks.update(zip(part, await asyncio.gather(*(self._look(number) for number in part)), strict=True))
+        for number in numbers:
+            await self._take(number, looks[number])
+        if self._claim > self._position:
+            text = (
+                f"the log ends before what was durable, segments are missing or damaged log={self._log} "
+                f"ends={self._position} durable={self._claim}"
+            )
+            if not self._force:
+                raise Corrupt(text)
+            logger.error("forced: %s", text)
+
+    def _missing(self, row: Row) -> None:
+        """Unavailable or Corrupt: no zone here has a segment that the head names."""
+        absent = self._trust.absent(row.zones)
+        if absent:
+            raise Unavailable(
+                f"segment {row.number} of log {self._log} is on zones that are missing: {', '.join(absent)}"
+            )
+        raise Corrupt(f"segments that the head names are missing log={self._log} segments={[row.number]}")
+
+    def _out_of_reach(self, number: int, zones: Sequence[str]) -> Unavailable:
+        where = ", ".join(zones) or "none that can be believed"
+        return Unavailable(f"segment {number} of log {self._log} is on zones that are missing: {where}")
+
+    async def _take(self, number: int, look: _Look) -> None:
+        """One segment, in the order of their numbers."""
+        if look.foreign:
+            self._nothing(number)
+            return
+        expected = None if number in self._rows else self._head.generation
+        directory = look.directory
+        if directory is not None:
+            self._claim = max(self._claim, directory.durable_upto)
+            follows = directory.previous_crc == self._previous_crc and directory.first_position == self._position + 1
+            if follows and not self.rest and not self._copy_all:
+                self._position, self._previous_crc = directory.last_position, directory.last_crc
+                self.wall_us = directory.wall_us
+                absent = [z for z in self._rows[number].zones if z not in self._trust.here] if expected is None else []
+                self.sealed.append((directory, tuple(sorted({*look.sealed, *absent})), look.size_bytes // BLOCK_BYTES))
+                return
+        images = [image for z in look.readable if (image := await self._image(z, number)) is not None]
+        if look.readable and not images and not self._force:
+            raise self._out_of_reach(number, self._trust.absent(look.readable))
+        store_id, log = self._env.store_id, self._log
         found = list(
             records_from(
                 images,
-                store_id=env.store_id,
+                store_id=store_id,
                 log=log,
                 number=number,
                 block=1,
-                position=position,
-                previous_crc=previous_crc,
+                position=self._position,
+                previous_crc=self._previous_crc,
                 generation=expected,
             )
         )
         if found:
-            rest += found
-            position, previous_crc = found[-1].header.last_position, found[-1].header.crc
-            wall_us = found[-1].header.wall_us
+            self.rest += found
+            self._position, self._previous_crc = found[-1].header.last_position, found[-1].header.crc
+            self.wall_us = found[-1].header.wall_us
         else:
-            empty.add(number)
-        claim = max(claim, durable_claim(images, store_id=env.store_id, log=log, number=number, generation=expected))
-    if claim > position:
-        raise Corrupt(
-            f"the log ends before what was durable, segments are missing or damaged log={log} ends={position} "
-            f"durable={claim}"
-        )
-    unkept = {n: tuple(z) for n, z in holders.items() if n not in kept}
-    return Tail(sealed, rest, unkept, empty, next_number, wall_us)
+            self._nothing(number)
+        claim = durable_claim(images, store_id=store_id, log=log, number=number, generation=expected)
+        self._claim = max(self._claim, claim)
 
+    def _nothing(self, number: int) -> None:
+        """The segment is garbage, at once where it was in service until the end of the run that wrote it."""
+        everywhere = self._trust.everywhere(self._head.epoch)
+        self.empty[number] = tuple(z for z in self._shown[number] if z in everywhere)
 
-async def _look(
-    env: Env, log: int, numbers: Sequence[int], holders: dict[int, list[int]], durable: set[int]
-) -> dict[int, list[Seen]]:
-    """Header and directory of each segment.
+    async def _image(self, zone: int, number: int) -> bytes | None:
+        env = self._env
+        try:
+            return await run(env.executor, zone, read_image, env.zones[zone].backend, self._log, number)
+        except ZoneFailed as error:
+            silent(env, self._trust, zone, error)
+            return None
 
-    A seal counts only if every zone that the header lists shows the same one: each zone wrote it after its own body
-    was synced, so one zone's seal says nothing about another's copy. Without that the directories are left out, and the
-    records are copied like those of a segment that was never sealed. What counts is synced, except for the segments in
-    `durable`: after a kill a seal may be in the page cache alone.
-    """
-    numbers_of = {zone.zone_id: zone.index for zone in env.zones}
-    looks: dict[int, list[Seen]] = {}
+    async def _look(self, number: int) -> _Look:
+        row = self._rows.get(number)
+        return await (self._look_named(number, row) if row is not None else self._look_new(number))
 
-    async def look(number: int) -> None:
-        zones = holders[number]
+    async def _look_named(self, number: int, row: Row) -> _Look:
+        """A segment that the head names was durable and sealed on its zones: whoever shows that seal has it."""
+        directory: Directory | None = None
+        sealed: list[int] = []
+        size = 0
+        zones = self._turned(number)
+        for z in zones:
+            if directory is None:
+                seen = await self._seen(z, number)
+                if seen.directory is not None and seen.directory.crc == row.seal_crc:
+                    directory, size = seen.directory, seen.size_bytes
+                    sealed.append(z)
+            elif await self._seal(z, number, sync=False) == row.seal_crc:
+                sealed.append(z)
+        if directory is None and self._trust.absent(row.zones):
+            self._missing(row)
+        # Without any seal that can be read its records may still be whole.
+        return _Look(directory, tuple(sealed), size, tuple(zones), False)
+
+    async def _look_new(self, number: int) -> _Look:
+        """A segment written after the head. Its seal counts if all zones that have what was flushed to it show the
+        same: each wrote it after its own body was synced, so one zone's seal says nothing about another's copy. Else
+        its records are copied, as if it had none. What counts is synced: after a kill it may be in the page cache
+        alone."""
+        trust, head = self._trust, self._head
+        header: SegmentHeader | None = None
+        zones = self._turned(number)
+        seens: dict[int, Seen] = {}
+        for z in zones:
+            seens[z] = await self._seen(z, number)
+            found = seens[z].header
+            if found is not None and found.generation == head.generation and trust.knows(found.epoch_id):
+                header = found
+                break
+        if header is None or head.clean:
+            if head.clean or any(seen.header is not None for seen in seens.values()):
+                return _Look(None, (), 0, (), True)
+            # No zone shows what it is; its records do.
+            everywhere = trust.everywhere(head.epoch)
+            return _Look(None, (), 0, tuple(z for z in zones if z in everywhere), False)
+        holders = trust.holders(header.epoch_id, header.zones)
+        asked = [z for z in holders if z in trust.here]
+        if not asked:
+            if not self._force:
+                raise self._out_of_reach(number, trust.absent(holders))
+            return _Look(None, (), 0, tuple(zones), False)
+        seen = seens[asked[0]] if asked[0] in seens else await self._seen(asked[0], number)
+        directory = seen.directory
+        if directory is not None:
+            seals = await asyncio.gather(*(self._seal(z, number, sync=not self._copy_all) for z in asked))
+            if any(seal != directory.crc for seal in seals) or directory.generation != head.generation:
+                directory = None
+        readable = tuple(z for z in zones if z in asked)
+        return _Look(directory, tuple(asked) if directory else (), seen.size_bytes, readable, False)
+
+    def _turned(self, number: int) -> list[int]:
+        """The zones that show a segment, another first for each, so that all of them work."""
+        zones = self._shown[number]
         start = number % len(zones)
-        found: list[Seen] = []
-        for z in zones[start:] + zones[:start]:
-            seen = await run(env.executor, z, look_at, env.zones[z].backend, env.store_id, log, number)
-            found.append(seen)
-            if seen.directory is None or seen.header is None:
-                continue
-            known = number in durable
-            others = [numbers_of[zone_id] for zone_id in seen.header.zones if numbers_of.get(zone_id, z) != z]
-            seals = await asyncio.gather(
-                *(
-                    run(env.executor, o, seal_of, env.zones[o].backend, env.store_id, log, number, not known)
-                    for o in (others if known else [z, *others])
-                )
-            )
-            if any(seal != seen.directory.crc for seal in seals):
-                found = [s._replace(directory=None) for s in found]
-            break
-        looks[number] = found
+        return zones[start:] + zones[:start]
 
-    for low in range(0, len(numbers), LOOKS_AT_ONCE):
-        await asyncio.gather(*(look(number) for number in numbers[low : low + LOOKS_AT_ONCE]))
-    return looks
+    async def _seen(self, zone: int, number: int) -> Seen:
+        env = self._env
+        try:
+            return await run(env.executor, zone, look_at, env.zones[zone].backend, env.store_id, self._log, number)
+        except ZoneFailed as error:
+            silent(env, self._trust, zone, error)
+            return Seen(None, None, 0)
+
+    async def _seal(self, zone: int, number: int, *, sync: bool) -> int | None:
+        env = self._env
+        backend = env.zones[zone].backend
+        try:
+            return await run(env.executor, zone, seal_of, backend, env.store_id, self._log, number, sync)
+        except ZoneFailed as error:
+            silent(env, self._trust, zone, error)
+            return None
 
 
 async def copy_rest(writer: LogWriter, rest: Iterable[SurvivingRecord]) -> None:

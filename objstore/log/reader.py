@@ -11,6 +11,7 @@ import asyncio
 import logging
 from array import array
 from collections.abc import Sequence
+from typing import Final
 
 from crc32c import crc32c
 
@@ -24,6 +25,9 @@ from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT
 
 log = logging.getLogger(__name__)
+
+OPENS_MAX: Final = 3
+"""A handle may be gone again when whoever waited for it comes to use it: a repair has replaced the file."""
 
 
 def read_run_now(segment: Segment, block: int, count: int, into: memoryview) -> bool:
@@ -90,11 +94,13 @@ async def read_run(
     wanted: Sequence[int] | None = None,
     buffer: memoryview | None = None,
 ) -> tuple[memoryview, list[int]]:
-    """`count` blocks of a segment from its zones: (the data, indices of the blocks that no zone has whole).
+    """`count` blocks of a segment from its zones in service: (the data, indices of the blocks that none has whole).
+    Unavailable: no zone that has the segment is in service.
 
     wanted: indices of the data blocks that matter (default: all); header pages in between have no CRC to check.
     buffer: where to read to, from a caller that is never cancelled while it awaits this; by default a buffer of this
-    call's own, so that a thread that still fills it after a cancelled await harms nobody.
+    call's own, so that a thread that still fills it after a cancelled await harms nobody. For the same reason the data
+    returned lies elsewhere if a zone was put out meanwhile: the caller must forget its buffer then.
     """
     segment.pins += 1
     try:
@@ -102,14 +108,19 @@ async def read_run(
         data = memoryview(bytearray(count << BLOCK_SHIFT)) if buffer is None else buffer[: count << BLOCK_SHIFT]
         bad = list(range(count) if wanted is None else wanted)
         all_wanted = len(bad)
-        first = segment.number % len(segment.zones)
-        for z in segment.zones[first:] + segment.zones[:first]:
+        for z in in_turn(env, segment):
             try:
                 handle = await reader_for(env, segment, z)
                 copy = memoryview(bytearray(len(data))) if len(bad) < all_wanted else data
                 got = await run(env.executor, z, handle.read, block << BLOCK_SHIFT, [copy])
             except StoreError as error:
                 log.warning("read failed segment=%s zone=%r: %s", segment.name, env.zones[z], error)
+                env.read_failed(z, error)
+                if z not in env.in_service:
+                    if len(bad) == all_wanted:
+                        data = memoryview(bytearray(len(data)))  # a call that hangs may still fill the other
+                else:
+                    env.on_bad_copy(segment, z)
                 continue
             left = []
             for i in bad:
@@ -123,17 +134,33 @@ async def read_run(
             if not bad:
                 break
             env.bad_copies += len(bad)
+            env.on_bad_copy(segment, z)
             log.warning("checksum wrong segment=%s zone=%r blocks=%d", segment.name, env.zones[z], len(bad))
         return data, bad
     finally:
-        segment.pins -= 1
+        segment.unpin()
+
+
+def in_turn(env: Env, segment: Segment) -> tuple[int, ...]:
+    """The zones in service that hold a segment, in the order in which to ask them. Unavailable: there is none."""
+    zones = env.serving(segment.zones)
+    if not zones:
+        raise Unavailable(f"no zone that holds the segment is in service segment={segment.name}")
+    first = segment.number % len(zones)
+    return zones[first:] + zones[:first]
 
 
 async def reader_for(env: Env, segment: Segment, zone: int) -> Handle:
     """An open handle of the segment in that zone."""
-    handle = segment.handles.get(zone)
-    if handle is not None:
-        return handle
+    for _ in range(OPENS_MAX):
+        handle = segment.handles.get(zone)
+        if handle is not None:
+            return handle
+        await _open_reader(env, segment, zone)
+    raise Unavailable(f"the segment was closed segment={segment.name}")
+
+
+async def _open_reader(env: Env, segment: Segment, zone: int) -> None:
     opened: asyncio.Future[None] = env.loop.create_future()
 
     def done(found: Handle | None, error: BaseException | None) -> None:
@@ -141,6 +168,8 @@ async def reader_for(env: Env, segment: Segment, zone: int) -> Handle:
         if found is not None:
             if zone in segment.handles or env.segments.get(segment.key) is not segment:
                 found.close()
+            elif zone not in env.in_service:
+                env.orphan(zone, found)
             else:
                 segment.handles[zone] = found
                 if segment.reader is None:
@@ -154,10 +183,6 @@ async def reader_for(env: Env, segment: Segment, zone: int) -> Handle:
 
     env.executor.submit(zone, env.zones[zone].backend.open, (segment.name,), done)
     await opened
-    handle = segment.handles.get(zone)
-    if handle is None:
-        raise Unavailable(f"the segment was closed segment={segment.name}")
-    return handle
 
 
 def _read_crcs(backend: Backend, store_id: bytes, number_log: int, number: int) -> array[int] | None:
@@ -167,12 +192,14 @@ def _read_crcs(backend: Backend, store_id: bytes, number_log: int, number: int) 
 
 async def load_crcs(env: Env, segment: Segment) -> array[int]:
     """The CRCs of a sealed segment from the first zone whose directory is whole. Corrupt: none is."""
-    for z in segment.zones:
+    for z in in_turn(env, segment):
         try:
             backend = env.zones[z].backend
             crcs = await run(env.executor, z, _read_crcs, backend, env.store_id, segment.log, segment.number)
         except StoreError as error:
             log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, env.zones[z], error)
+            env.read_failed(z, error)
+            env.on_bad_copy(segment, z)
             continue
         if crcs is not None:
             if segment.crcs is None:
@@ -181,6 +208,7 @@ async def load_crcs(env: Env, segment: Segment) -> array[int]:
                 env.trim_crc_cache()
             return crcs
         env.bad_copies += 1
+        env.on_bad_copy(segment, z)
     raise Corrupt(f"no zone has the directory of a segment segment={segment.name}")
 
 
@@ -188,5 +216,3 @@ def zero_fill(into: memoryview, pieces: Sequence[tuple[int, int]]) -> None:
     """Zero (first block, blocks) pieces of a buffer of whole blocks."""
     for first, count in pieces:
         into[first << BLOCK_SHIFT : (first + count) << BLOCK_SHIFT] = bytes(count << BLOCK_SHIFT)
-
-

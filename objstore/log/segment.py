@@ -34,9 +34,10 @@ class Record:
     """One record between its first request and the moment when all its zones have it durably.
 
     Holds: `view` keeps every byte until then (an error leaves it here); bytes once appended never change.
+    held_bytes: memory that it takes, once it is cut.
     """
 
-    __slots__ = ("blocks", "buffer", "last_position", "segment", "start", "view", "waiting")
+    __slots__ = ("blocks", "buffer", "held_bytes", "last_position", "segment", "start", "view", "waiting")
 
     def __init__(self, segment: Segment, start: int, buffer: memoryview) -> None:
         self.segment = segment
@@ -44,6 +45,7 @@ class Record:
         self.blocks = 1
         self.view = buffer
         self.buffer: memoryview | None = buffer
+        self.held_bytes = 0
         self.last_position = 0
         self.waiting = 0
 
@@ -57,6 +59,7 @@ class Segment:
     first long read.
     handles: zone index -> open handle. `reader`: the handle that reads go to, None until one is open.
     pins: reads and copies under way outside the loop; the file may not be freed meanwhile.
+    replaced: (zone, handle) of files that a repair has replaced, still open because somebody may be reading them.
     """
 
     __slots__ = (
@@ -72,6 +75,7 @@ class Segment:
         "number",
         "pins",
         "reader",
+        "replaced",
         "seal_crc",
         "sealed",
         "zones",
@@ -92,6 +96,7 @@ class Segment:
         self.beginnings: array[int] | None = None
         self.memory: list[Record | None] | None = None
         self.handles: dict[int, Handle] = {}
+        self.replaced: list[tuple[int, Handle]] = []
         self.reader: Handle | None = None
 
     @property
@@ -104,9 +109,43 @@ class Segment:
         """Bytes of one copy."""
         return self.blocks * BLOCK_BYTES
 
+    def lose_handles(self, zone: int) -> list[Handle]:
+        """Take the handles of a zone that is out of service from the segment, open as they are."""
+        lost = [handle for z, handle in self.replaced if z == zone]
+        self.replaced = [(z, handle) for z, handle in self.replaced if z != zone]
+        handle = self.handles.pop(zone, None)
+        if handle is not None:
+            lost.append(handle)
+            if self.reader is handle:
+                self.reader = next(iter(self.handles.values()), None)
+        return lost
+
     def close_handles(self) -> None:
         """Close every handle of the segment."""
         self.reader = None
         for handle in self.handles.values():
             handle.close()
         self.handles.clear()
+        self._close_replaced()
+
+    def drop_handle(self, zone: int) -> None:
+        """Another file has the name in that zone now: reads that begin later open it."""
+        handle = self.handles.pop(zone, None)
+        if handle is None:
+            return
+        if handle is self.reader:
+            self.reader = None
+        self.replaced.append((zone, handle))
+        if not self.pins:
+            self._close_replaced()
+
+    def unpin(self) -> None:
+        """A read or copy outside the loop has ended."""
+        self.pins -= 1
+        if not self.pins and self.replaced:
+            self._close_replaced()
+
+    def _close_replaced(self) -> None:
+        for _, handle in self.replaced:
+            handle.close()
+        self.replaced.clear()

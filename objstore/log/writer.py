@@ -5,7 +5,9 @@ Rules kept here (DESIGN.md tells the schedules that break them):
 - appended bytes never change and stay in memory until they are durable on every zone of their segment;
 - a flush waits for the position captured when it was asked for; what a sync covers is captured before the sync is
   issued; syncs of one zone never count for another;
-- a failed write or sync is final: nothing is tried again on the same pages;
+- a failed write or sync is final: nothing is tried again on the same pages, the zone is put out. Records count as
+  durable without it once the epoch that leaves it out is durable; the open segment is then sealed on the others;
+- below `min_copies` zones nothing is acknowledged: writes wait, and then fail;
 - a seal is written on a zone only after the sync of the segment's body succeeded there;
 - a request is acknowledged only into a segment whose space is set aside on all its zones.
 """
@@ -13,6 +15,7 @@ Rules kept here (DESIGN.md tells the schedules that break them):
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 from array import array
 from collections import deque
@@ -22,13 +25,14 @@ from typing import Final, Protocol
 from crc32c import crc32c
 
 from objstore.backend.base import Backend, Handle, ZoneFailed
-from objstore.errors import NoSpace, StoreError, Unavailable
+from objstore.errors import InvalidRequest, NoSpace, StoreError, Unavailable
 from objstore.format.record import (
     CRC_BYTES,
     OP_BYTES,
     RECORD_DATA_BLOCKS_MAX,
     SOURCE_BYTES,
     TABLE_BYTES_MAX,
+    Kind,
     encode_header,
     word,
 )
@@ -40,7 +44,7 @@ from objstore.format.segment import (
     SegmentHeader,
     encode_segment_header,
 )
-from objstore.log.env import Env
+from objstore.log.env import BUFFER_BYTES, Env
 from objstore.log.lane import Lane, Seal, start_jobs
 from objstore.log.segment import Record, Segment
 from objstore.replica.zone import run
@@ -57,6 +61,17 @@ PREPARED_MAX: Final = 6
 PREPARED_AT_ONCE: Final = 2
 """Segments set aside ahead of a busy log: one more each time a write had to wait for one, one less each time the log
 was idle. Making one takes a journal commit for its name, about as long as filling it at full speed."""
+FULL_SECONDS: Final = 5.0
+"""A zone that had no space for a segment is passed over so long, if there are more zones than copies."""
+IDLE_SECONDS: Final = 10.0
+"""A log that nothing was appended to for so long seals its segment where it stands and gives prepared ones back."""
+UNSEALED_MAX: Final = 8
+"""Segments whose seals are not durable: what opening after a power cut has to copy. Writes wait at this number."""
+UNSEALED_WANTED: Final = 4
+"""From here on seals are made durable although no flush asks for that: one round of syncs for so many segments."""
+SYNCS_OF_DIRTY: Final = 4
+"""Near the limit of dirty data a log syncs each time it has appended this part of it: a sync waits for all that the
+device has not yet written, whoever wrote it, so many small ones cost far more than a few."""
 SMALL_RECORD_BLOCKS: Final = 24
 ZEROS: Final = memoryview(bytes(1 << 20))
 FULL_GAP_SHARE: Final = 32
@@ -91,6 +106,10 @@ def prepare_segment(
     return handle
 
 
+def _garbage(result: object, error: BaseException | None) -> None:
+    """An empty segment that could not be removed is garbage that the next opening removes."""
+
+
 class SegmentObserver(Protocol):
     """Told of a writer's segments, in the loop turn in which it happens."""
 
@@ -111,8 +130,8 @@ class LogWriter:
     """Appends to one log. All methods but the coroutines finish at once and are called in the event loop only.
 
     position: of the last operation appended. durable_upto: everything up to it is durable on all zones that hold it.
-    sync_position: somebody wants everything up to it durable. error: set once a zone failed; the log then takes
-    nothing more and no flush succeeds.
+    sync_position: somebody wants everything up to it durable. error: set once too few zones are left to go on; the log
+    then takes nothing more and no flush succeeds. place: the zones for a segment, of those in service.
     """
 
     def __init__(
@@ -127,11 +146,13 @@ class LogWriter:
         previous_crc: int,
         place: Callable[[int], tuple[int, ...]],
         segment_bytes: int,
+        min_copies: int = 1,
     ) -> None:
         self.env = env
         self.log = log_number
         self.generation = generation
         self.copies = copies
+        self.min_copies = min_copies
         self.next_number = next_number
         self.position = position
         self.durable_upto = position
@@ -139,6 +160,7 @@ class LogWriter:
         self.place = place
         self.segment_blocks = segment_blocks(segment_bytes)
         self.sync_position = 0
+        self._since_sync = 0
         self.seal_target = -1
         self.error: StoreError | None = None
         self.space_error: NoSpace | None = None
@@ -175,9 +197,21 @@ class LogWriter:
         self._write_ahead = False
         """The last segment was made of small records: flushes come often, and new files are written once beforehand."""
         self._age_timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._short_timer: asyncio.TimerHandle | None = None
+        """Runs while there are too few zones, until waiting ends."""
+        self.short: StoreError | None = None
+        """Why writes fail for want of zones."""
+        self._asked: deque[tuple[int, float]] = deque()
+        """(position, since when somebody wants everything up to it durable), as the watch has seen it."""
+        self.elsewhere: Callable[[int, frozenset[int]], tuple[int, ...]] | None = None
+        """As `place`, without the zones given."""
+        self._full: dict[int, float] = {}
+        """Zones that had no space for a segment, and until when others are preferred."""
         self._closed = False
         self._disowned = False
         env.request_syncs.append(self.request_sync)
+        env.logs.append(self)
 
     # -- space --------------------------------------------------------------------------------------------------
 
@@ -198,9 +232,18 @@ class LogWriter:
             return min(blocks, RECORD_DATA_BLOCKS_MAX) or 1
         if left >= SPLIT_BLOCKS_MIN and not whole:
             return min(left, RECORD_DATA_BLOCKS_MAX)
-        if self._prepared:
+        if self._prepared and len(self.unsealed) < UNSEALED_MAX:
             return min(blocks, RECORD_DATA_BLOCKS_MAX, self.fresh_room) or 1
         return 0
+
+    def batch_room(self, blocks: int) -> int:
+        """Of `blocks` data blocks, how many one record takes now; 0: none, wait for `make_room`."""
+        if self.error is not None:
+            raise self.error
+        left = self._segment_room()
+        if left >= min(blocks, SPLIT_BLOCKS_MIN):
+            return min(left, blocks)
+        return min(blocks, self.fresh_room) if self._prepared else 0
 
     def room_for_batch(self, blocks: int) -> bool:
         """Whether several `append`s of `blocks` data blocks in all, and of no more tables than one header page holds,
@@ -208,7 +251,9 @@ class LogWriter:
         if self.error is not None:
             raise self.error
         blocks = max(1, blocks)
-        return self._segment_room() >= blocks or (bool(self._prepared) and self.fresh_room >= blocks)
+        if self._segment_room() >= blocks:
+            return True
+        return bool(self._prepared) and len(self.unsealed) < UNSEALED_MAX and self.fresh_room >= blocks
 
     @property
     def fresh_room(self) -> int:
@@ -228,21 +273,29 @@ class LogWriter:
         return max(0, self.segment_blocks - end - 1 - pages - margin)
 
     async def make_room(self, reserve_bytes: int) -> None:
-        """Wait until a prepared segment is there. NoSpace: the zones are full; Unavailable: the log failed.
+        """Wait until a prepared segment is there. NoSpace: the zones are full; Unavailable: the log failed, or too few
+        zones have been there for `write_wait_seconds`.
 
         reserve_bytes: what must stay free in every zone behind it. 0 for what frees space in the end: the reserve is
         then used if there is nothing else.
         """
         attempt = max(reserve_bytes, self.env.reserve_bytes)
-        while not self._prepared or (self.scarce and reserve_bytes):
+        while not self._prepared or (self.scarce and reserve_bytes) or len(self.unsealed) >= UNSEALED_MAX:
             if self.error is not None:
                 raise self.error
+            if len(self.unsealed) >= UNSEALED_MAX:
+                await self.sealed_below(min(self.unsealed) + 1)
+                continue
             if self._prepared:
                 await self._check_space(reserve_bytes)
                 continue
-            if self.segment is not None:
-                self.prepared_target = min(self.prepared_target + 1, PREPARED_MAX)
-            self._prepare(attempt)
+            if self._too_few_zones():
+                if self.short is not None:
+                    raise self.short
+            else:
+                if self.segment is not None:
+                    self.prepared_target = min(self.prepared_target + 1, PREPARED_MAX)
+                self._prepare(attempt)
             waiter: asyncio.Future[None] = self.env.loop.create_future()
             self._room_waiters.append(waiter)
             await waiter
@@ -251,13 +304,61 @@ class LogWriter:
                     raise self.space_error
                 attempt = reserve_bytes
 
+    def _placed(self, number: int) -> tuple[int, ...]:
+        """The zones in service for a segment: others than those that were full just now, if so many are there."""
+        zones = self.env.serving(self.place(number))
+        if self._full and self.elsewhere is not None:
+            now = self.env.loop.time()
+            full = frozenset(z for z, until in self._full.items() if until > now)
+            if not full.isdisjoint(zones):
+                others = self.env.serving(self.elsewhere(number, full))
+                return others if len(others) == len(zones) else zones
+            if not full:
+                self._full.clear()
+        return zones
+
+    def _too_few_zones(self) -> bool:
+        """Whether a new segment would have fewer than `min_copies` zones; the time that writes wait begins then."""
+        if len(self._placed(self.next_number)) >= self.min_copies:
+            if not self._stuck():
+                self.short = None
+                self._stop_short_timer()
+            return False
+        self._wait_for_zones()
+        return True
+
+    def _wait_for_zones(self) -> None:
+        if self.short is None and self._short_timer is None:
+            log.error("writing waits for zones log=%d min_copies=%d", self.log, self.min_copies)
+            self._short_timer = self.env.loop.call_later(self.env.settings.write_wait_seconds, self._waited)
+
+    def _waited(self) -> None:
+        self._short_timer = None
+        self.short = Unavailable(f"too few zones are in service to write log={self.log} min_copies={self.min_copies}")
+        if self._stuck():
+            self.fail(self.short)
+        self._wake_room()
+
+    def _stuck(self) -> bool:
+        """Whether something acknowledged can't become durable on `min_copies` zones any more."""
+        return any(record.waiting and not self._enough(record) for record in self._undurable)
+
+    def _stop_short_timer(self) -> None:
+        if self._short_timer is not None:
+            self._short_timer.cancel()
+            self._short_timer = None
+
     async def _check_space(self, reserve_bytes: int) -> None:
         """See whether so much is free again that clients may write into what came out of the reserve. NoSpace."""
         env = self.env
-        zones = self.place(self.next_number)
-        free = await asyncio.gather(*(run(env.executor, z, env.zones[z].backend.free_bytes) for z in zones))
-        if min(free) < reserve_bytes:
-            raise NoSpace(f"the zones are full: free_bytes={min(free)} reserve_bytes={reserve_bytes}")
+        free: list[int] = []
+        for z in self._placed(self.next_number):
+            try:
+                free.append(await run(env.executor, z, env.zones[z].backend.free_bytes))
+            except StoreError as error:
+                await env.put_out(z, error)
+        if min(free, default=0) < reserve_bytes:
+            raise NoSpace(f"the zones are full: free_bytes={min(free, default=0)} reserve_bytes={reserve_bytes}")
         self.scarce = False
 
     def _prepare(self, reserve_bytes: int) -> None:
@@ -272,6 +373,8 @@ class LogWriter:
         target = 1 if scarce else self.prepared_target
         try:
             while len(self._prepared) < target and self.error is None and not self._closed:
+                if self._too_few_zones():
+                    break
                 # Segments are used in the order of their numbers, so those made together become ready together.
                 missing = target - len(self._prepared)
                 self._making_from = self.next_number
@@ -279,7 +382,12 @@ class LogWriter:
                     *(self._prepare_one(reserve_bytes) for _ in range(min(missing, PREPARED_AT_ONCE))),
                     return_exceptions=True,
                 )
-                self._prepared += [segment for segment in made if isinstance(segment, Segment)]
+                for segment in made:
+                    if isinstance(segment, Segment):
+                        if self.env.serving(segment.zones) == segment.zones:
+                            self._prepared.append(segment)
+                        else:  # one of its zones was put out while the others of this round were made
+                            self._discard(segment)
                 self._making_from = None
                 if self._prepared:
                     self.scarce = scarce
@@ -295,11 +403,12 @@ class LogWriter:
             self._preparing = None
             self._wake_room()
 
-    async def _prepare_one(self, reserve_bytes: int) -> Segment:
+    async def _prepare_one(self, reserve_bytes: int) -> Segment | None:
+        """A segment set aside on its zones; None: some of them went out of service meanwhile. NoSpace, Unavailable."""
         number = self.next_number
         self.next_number += 1
         env = self.env
-        zones = self.place(number)
+        zones = self._placed(number)
         segment = Segment(self.log, number, self.generation, zones, self.segment_blocks)
         header = encode_segment_header(
             SegmentHeader(
@@ -337,18 +446,35 @@ class LogWriter:
                 functools.partial(done, zone),
             )
         await pending
-        if not errors:
+        if not errors and env.serving(zones) == zones:
             env.spare_blocks = max(0, env.spare_blocks - segment.blocks)
             return segment
-        segment.close_handles()
-        for zone in zones:
-            env.executor.submit(zone, env.zones[zone].backend.delete, (segment.name,), lambda _, error: None)
+        self._discard(segment)
+        full: NoSpace | None = None
         for zone, error in errors:
-            if not isinstance(error, NoSpace):
+            if isinstance(error, NoSpace):
+                full = error
+                self._full[zone] = env.loop.time() + FULL_SECONDS
+            elif not isinstance(error, StoreError) or isinstance(error, InvalidRequest):
                 self.zone_failed(zone, error)
-        if self.error is not None:
-            raise self.error
-        raise NoSpace(f"{errors[0][1]}")
+                raise self.error or Unavailable(str(error))
+            else:
+                await env.put_out(zone, error)
+        if full is not None and not self._full.keys().isdisjoint(self._placed(self.next_number)):
+            raise NoSpace(f"{full}")
+        return None
+
+    def _discard(self, segment: Segment) -> None:
+        """A prepared segment is not needed: nothing was written into it."""
+        for zone in segment.zones:
+            handle = segment.handles.pop(zone, None)
+            if zone in self.env.in_service:
+                if handle is not None:
+                    handle.close()
+                self.env.executor.submit(zone, self.env.zones[zone].backend.delete, (segment.name,), _garbage)
+            elif handle is not None:
+                self.env.orphan(zone, handle)
+        segment.reader = None
 
     def _wake_room(self) -> None:
         while self._room_waiters:
@@ -426,6 +552,39 @@ class LogWriter:
         segment.memory[block : block + blocks] = [record] * blocks  # type: ignore[index]
         self.env.dirty_bytes += blocks << BLOCK_SHIFT
         return segment.key << BLOCK_SHIFT | block
+
+    def append_moves(
+        self, lbas: list[int], counts: list[int], crcs: list[int], sources: list[int]
+    ) -> tuple[int, memoryview]:
+        """Runs of moved blocks, one MOVE each, in one record; `room_for_batch(len(crcs))` was asked in this loop turn.
+
+        lbas, counts: first block and blocks of each run. crcs, sources: block by block. Returns the entry of the first
+        block (those of the others follow) and where the data belongs, which the caller puts there in this loop turn.
+        """
+        blocks = len(crcs)
+        table = OP_BYTES * len(lbas) + (CRC_BYTES + SOURCE_BYTES) * blocks
+        if self._record is None or self._data + blocks > self._limit or self._table_bytes + table > TABLE_BYTES_MAX:
+            self._next_record(blocks)
+        record = self._record
+        assert record is not None
+        assert self._data + blocks <= self._limit, "room_for_batch() was asked"
+        assert self._table_bytes + table <= TABLE_BYTES_MAX
+        at = record.blocks
+        into = record.view[at << BLOCK_SHIFT : (at + blocks) << BLOCK_SHIFT]
+        record.blocks = at + blocks
+        block = record.start + at
+        self._data += blocks
+        self._table_bytes += table
+        self._words += [word(Kind.MOVE, lba) for lba in lbas]
+        self._counts += counts
+        self._starts += itertools.accumulate(counts[:-1], initial=block)
+        self._crcs += crcs
+        self._sources += sources
+        self.position += len(lbas)
+        segment = record.segment
+        segment.memory[block : block + blocks] = [record] * blocks  # type: ignore[index]
+        self.env.dirty_bytes += blocks << BLOCK_SHIFT
+        return segment.key << BLOCK_SHIFT | block, into
 
     def start_record(self, blocks: int) -> None:
         """Begin a record that takes `blocks` blocks; `room_for_batch(blocks)` was asked in this loop turn."""
@@ -508,10 +667,16 @@ class LogWriter:
             self.env.pool.put(buffer)
         else:
             record.view = record.view[:used]
+        held = BUFFER_BYTES if record.buffer is not None else used
+        if not self._disowned:  # else it left the account while it was gathered
+            self.env.dirty_bytes += held - used
+        record.held_bytes = held
         record.waiting = len(segment.zones)
         self._undurable.append(record)
         self._body_end += record.blocks
-        if self.env.dirty_bytes * 2 > self.env.dirty_bytes_max:
+        self._since_sync += held
+        if self.env.dirty_bytes * 2 > self.env.dirty_bytes_max < self._since_sync * SYNCS_OF_DIRTY:
+            self._since_sync = 0
             self.sync_position = self.position
         for zone in segment.zones:
             self._lanes[zone].queue.append(record)
@@ -533,6 +698,8 @@ class LogWriter:
                 self._lanes[zone] = Lane(self, zone)
         self.env.keep_reader(segment, segment.handles[segment.zones[segment.number % len(segment.zones)]])
         self._prepare(self.env.reserve_bytes + self.env.reserved_bytes(self.log))
+        if len(self.unsealed) >= UNSEALED_WANTED:
+            self.seal_target = max(self.seal_target, segment.number - 1)
         if self.observer is not None:
             self.observer.segment_opened(segment)
 
@@ -569,6 +736,43 @@ class LogWriter:
         if self.sync_position < self._first_position:
             self.prepared_target = max(1, self.prepared_target - 1)
         self.request_sync()
+        if self._idle_timer is None and self.log:  # the catalog is one log, and never collected
+            self._idle_timer = self.env.loop.call_later(IDLE_SECONDS, self._idle, self.position)
+
+    def _idle(self, position: int) -> None:
+        """Nothing was appended for a while, or something was: position, where the log stood at the last look."""
+        self._idle_timer = None
+        if self._closed or self.error is not None:
+            return
+        if self.position != position or self._record is not None:
+            self._idle_timer = self.env.loop.call_later(IDLE_SECONDS, self._idle, self.position)
+            return
+        if self.segment is not None:
+            self.seal_target = self.segment.number
+            self.finish_segment()
+        self.prepared_target = 1
+        self.forget_prepared()
+
+    async def go_elsewhere(self) -> None:
+        """What lies elsewhere than new segments would go, or on fewer zones, is sealed, so that it can be copied; what
+        is set aside so is given back. Unavailable."""
+        for segment in [s for s in self._prepared if self._misplaced(s)]:
+            self._prepared.remove(segment)
+            self._discard(segment)
+        old = [s.number for s in self.unsealed.values() if self._misplaced(s)]
+        if old and self.error is None:
+            if self.segment is not None and self.segment.number in old and self.has_records:
+                self.finish_segment()
+            await self.flush()
+            await self.sealed_below(min(max(old) + 1, self.tail_number))
+
+    def _misplaced(self, segment: Segment) -> bool:
+        return set(segment.zones) != set(self.env.serving(self.place(segment.number)))
+
+    def forget_prepared(self) -> None:
+        """What was set aside for later is not to be used."""
+        while self._prepared:
+            self._discard(self._prepared.popleft())
 
     def request_sync(self) -> None:
         """Start making everything appended so far durable."""
@@ -641,7 +845,7 @@ class LogWriter:
             self.env.pool.put(record.buffer)
             record.buffer = None
         if not self._disowned:
-            self.env.release_dirty(record.blocks << BLOCK_SHIFT)
+            self.env.release_dirty(record.held_bytes)
 
     def _disown(self) -> None:
         """What this log will not make durable any more leaves the account of dirty data, which other logs wait for.
@@ -650,9 +854,9 @@ class LogWriter:
             return
         self._disowned = True
         self.env.request_syncs.remove(self.request_sync)
-        gathered = 1 + self._data if self._record is not None else 0
-        left = gathered + sum(record.blocks for record in self._undurable if record.waiting)
-        self.env.release_dirty(left << BLOCK_SHIFT)
+        self.env.logs.remove(self)
+        gathered = (1 + self._data if self._record is not None else 0) << BLOCK_SHIFT
+        self.env.release_dirty(gathered + sum(record.held_bytes for record in self._undurable if record.waiting))
 
     def _seal_durable(self, segment: Segment) -> None:
         segment.memory = None
@@ -705,13 +909,85 @@ class LogWriter:
     # -- the end ------------------------------------------------------------------------------------------------
 
     def zone_failed(self, zone: int, error: BaseException) -> None:
-        """A call of that zone failed: final for this log (and noted for the zone)."""
+        """A call of that zone failed. An error of the zone puts it out; any other is ours and stops the log."""
         where = self.env.zones[zone]
+        if not isinstance(error, StoreError) or isinstance(error, InvalidRequest):
+            log.error("unexpected error from %r", where, exc_info=error)
+        elif self.env.zone_failing(zone, error):
+            return
         if where.error is None:
             where.error = error
-        if not isinstance(error, StoreError):
-            log.error("unexpected error from %r", where, exc_info=error)
         self.fail(Unavailable(f"{where!r} failed, writing stopped: {error}"))
+
+    def zone_full(self, zone: int, error: NoSpace) -> None:
+        """A write into space that was set aside found the zone full; it is made again, and everybody waits for it."""
+        log.warning("a write waits for space in %r: %s", self.env.zones[zone], error)
+
+    def zones_changed(self, gone: frozenset[int]) -> None:
+        """A new epoch is in force (env.Log): go on without the zones in `gone`.
+
+        What they do not have is not waited for any more, as long as enough others will have it, and the open segment is
+        sealed where it stands: its header names a zone that has less of it. What a zone has sealed stays a copy.
+        """
+        lanes = [self._lanes.pop(z) for z in gone if z in self._lanes]
+        lost: dict[Segment, None] = {}
+        items: list[Record | Seal] = []
+        for lane in lanes:
+            for item in lane.leave():
+                lost[item.segment] = None
+                items.append(item)
+        if self.segment is not None and not gone.isdisjoint(self.segment.zones):
+            lost[self.segment] = None
+        for segment in lost:
+            segment.zones = tuple(z for z in segment.zones if z not in gone)
+        for segment in [segment for segment in self._prepared if not gone.isdisjoint(segment.zones)]:
+            self._prepared.remove(segment)
+            self._discard(segment)
+        if self.error is None:
+            if any(not segment.zones for segment in lost):
+                self.fail(Unavailable(f"every zone that holds the end of the log has failed log={self.log}"))
+            else:
+                if self.segment in lost:
+                    self.finish_segment()
+                self.synced([item for item in items if isinstance(item, Seal) or self._enough(item)])
+                if self._stuck():
+                    self._wait_for_zones()
+                self._too_few_zones()
+        self._wake_room()
+
+    def _enough(self, record: Record) -> bool:
+        """Whether a record may count as durable with the zones that its segment still has."""
+        return len(record.segment.zones) >= self.min_copies
+
+    def zones_stay(self, failing: frozenset[int], error: StoreError) -> None:
+        """These zones failed and could not be put out in time (env.Log): give up if this log needs one of them."""
+        if any(not failing.isdisjoint(segment.zones) for segment in self.unsealed.values()):
+            self.fail(Unavailable(f"zones failed and can't be done without: {error}"))
+
+    def owed_since(self, zone: int, now: float) -> float | None:
+        """Since when the zone has owed something that is wanted durable, as its watch sees it (env.Log)."""
+        asked = self._asked
+        if self.durable_upto >= self.sync_position:
+            asked.clear()
+            return None
+        if not asked or asked[-1][0] < self.sync_position:
+            asked.append((self.sync_position, now))
+        while asked[0][0] <= self.durable_upto:
+            asked.popleft()
+        lane = self._lanes.get(zone)
+        if lane is None or lane.stopped:
+            return None
+        oldest = lane.oldest_record()
+        if oldest is None:
+            return None
+        return next((since for position, since in asked if position >= oldest.last_position), None)
+
+    def can_lose(self, zone: int) -> bool:
+        """Whether `min_copies` of everything not yet sealed, and zones for what comes, would stay (env.Log)."""
+        for segment in self.unsealed.values():
+            if zone in segment.zones and len(segment.zones) <= self.min_copies:
+                return False
+        return min(self.copies, len(self.env.in_service) - 1) >= self.min_copies
 
     def watch(self, task: asyncio.Task[None]) -> None:
         """A task that this log can't do without: if it ends with an error of ours, the log stops loudly."""
@@ -746,12 +1022,16 @@ class LogWriter:
         if self._age_timer is not None:
             self._age_timer.cancel()
             self._age_timer = None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        self._stop_short_timer()
         if self._preparing is not None:
             await asyncio.wait([self._preparing])
         while self._prepared:
             segment = self._prepared.popleft()
             segment.close_handles()
-            for zone in segment.zones:
+            for zone in self.env.serving(segment.zones):
                 with contextlib.suppress(StoreError):  # an empty segment more is garbage that the next opening removes
                     await run(self.env.executor, zone, self.env.zones[zone].backend.delete, segment.name)
         if self.error is None:

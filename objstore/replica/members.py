@@ -1,37 +1,29 @@
-"""Which zones make up a store: superblocks, initialisation, epochs. FORMAT.md, "Zones and epochs".
-
-Every start writes a fresh epoch, naming its parent, before any data is touched. An epoch is complete when every member
-holds it. For now a store opens only with all its members present, so the newest complete epoch is the newest epoch that
-every zone holds.
-"""
+"""What a store's zones say of themselves: superblocks, initialisation, their epoch records. FORMAT.md, "Zones and
+epochs"; which epoch counts is in epochs.py."""
 
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from objstore.backend.base import Backend
+from objstore.backend.base import Backend, ZoneFailed
 from objstore.backend.directory import DirectoryBackend
 from objstore.clock import Clock
-from objstore.errors import Corrupt, FormatError, InvalidRequest, NewerFormat, NotFound, Unavailable
-from objstore.format.document import (
-    CatalogHead,
-    Epoch,
-    Member,
-    Superblock,
-    decode_document,
-    encode_document,
-)
+from objstore.errors import FormatError, InvalidRequest, NewerFormat, NotFound, StoreError
+from objstore.format.document import Epoch, Known, Superblock, decode_document, encode_document
+from objstore.names import object_number
+from objstore.replica.membership import EPOCH_FOLDER
 
 log = logging.getLogger(__name__)
 
 SUPERBLOCK: Final = "superblock"
-EPOCH_FOLDER: Final = "epoch/"
-KNOWN_NAMES: Final = frozenset({SUPERBLOCK, "epoch", "log", "checkpoint", "catalog"})
-EPOCHS_KEPT: Final = 16
+EPOCHS_KEPT: Final = 64
 ZONES_MAX: Final = 64
-NO_EPOCH: Final = "0" * 32
+TOP_NAMES: Final = frozenset({SUPERBLOCK, "epoch", "catalog", "log", "checkpoint", "scrub", "recovery"})
+"""What lies directly in a zone."""
+FEATURES: Final = frozenset({"membership"})
+"""What every store needs a program to know: epoch records that describe their members."""
 
 
 class ZonePlace(NamedTuple):
@@ -42,20 +34,19 @@ class ZonePlace(NamedTuple):
     superblock: Superblock | None
 
 
-def epoch_name(number: int) -> str:
-    """Object name of an epoch record."""
-    return f"{EPOCH_FOLDER}{number:08x}"
-
-
 def read_superblock(backend: Backend, path: str) -> Superblock | None:
-    """The superblock of a zone; None if the zone is empty. FormatError: foreign, damaged or newer."""
+    """The superblock of a zone; None if the zone is empty. FormatError: damaged, missing in a zone, or newer.
+    InvalidRequest: the directory holds something else."""
     try:
         data = backend.get(SUPERBLOCK)
     except NotFound:
         data = b""
     if data:
         return decode_document("superblock", data, Superblock, f"{path}/{SUPERBLOCK}")
-    foreign = list(backend.foreign_names(frozenset())) if isinstance(backend, DirectoryBackend) else []
+    names = list(backend.foreign_names(frozenset())) if isinstance(backend, DirectoryBackend) else []
+    foreign = [name for name in names if name not in TOP_NAMES]
+    if names and not foreign:
+        raise FormatError(f"{path}/{SUPERBLOCK} is missing or empty, but the directory is not")
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise InvalidRequest(
@@ -64,9 +55,21 @@ def read_superblock(backend: Backend, path: str) -> Superblock | None:
     return None
 
 
-def look_at_zones(backends: Sequence[tuple[Backend, str]]) -> list[ZonePlace]:
-    """Superblocks of all zones given, in order."""
-    return [ZonePlace(backend, path, read_superblock(backend, path)) for backend, path in backends]
+def look_at_zones(backends: Sequence[tuple[Backend, str]]) -> tuple[list[ZonePlace], dict[str, str]]:
+    """(the zones in the order given, path -> why that zone can't be used). InvalidRequest: refused. NewerFormat: that
+    is all that can be read (the version is not under the checksum, so one zone alone may be damaged)."""
+    newer: NewerFormat | None = None
+    places: list[ZonePlace] = []
+    unusable: dict[str, str] = {}
+    for backend, path in backends:
+        try:
+            places.append(ZonePlace(backend, path, read_superblock(backend, path)))
+        except (FormatError, ZoneFailed) as error:
+            newer = error if isinstance(error, NewerFormat) else newer
+            unusable[path] = str(error)
+    if newer is not None and not any(place.superblock is not None for place in places):
+        raise newer
+    return places, unusable
 
 
 def lock_zones(places: Sequence[ZonePlace], note: str) -> None:
@@ -80,10 +83,17 @@ def initialise(places: Sequence[ZonePlace], rng: random.Random, clock: Clock) ->
     if len(places) > ZONES_MAX:
         raise InvalidRequest(f"{len(places)} zones are too many: a store has at most {ZONES_MAX}")
     store = rng.randbytes(16).hex()
-    members = [Member(number, rng.randbytes(16).hex(), place.path) for number, place in enumerate(places)]
+    members = [Known(number, rng.randbytes(16).hex(), place.path) for number, place in enumerate(places)]
     made = []
     for member, place in zip(members, places, strict=True):
-        block = Superblock(store=store, zone=member.id, number=member.number, members=members, created=clock.wall())
+        block = Superblock(
+            store=store,
+            zone=member.id,
+            number=member.number,
+            members=members,
+            created=clock.wall(),
+            features_read=sorted(FEATURES),
+        )
         place.backend.put(SUPERBLOCK, encode_document("superblock", block))
         made.append(place._replace(superblock=block))
     return made
@@ -94,21 +104,21 @@ def unfinished(places: Sequence[ZonePlace]) -> bool:
     return not any(place.backend.list(EPOCH_FOLDER) for place in places if place.superblock is not None)
 
 
-def check_members(places: Sequence[ZonePlace]) -> list[ZonePlace]:
-    """The zones in the order of their numbers, if they are exactly one store's. InvalidRequest, Unavailable by name."""
+def check_one_store(places: Sequence[ZonePlace]) -> None:
+    """See that these zones are distinct ones of one store, in a format that can be written. InvalidRequest, FormatError
+    by name."""
     first = places[0]
     assert first.superblock is not None
     by_id: dict[str, ZonePlace] = {}
     for place in places:
         block = place.superblock
-        if block is None:
-            raise InvalidRequest(
-                f"{place.path} is empty, but {first.path} belongs to store {first.superblock.store[:8]}: "
-                "give only the zones of one store"
-            )
-        unknown = sorted({*block.features_read, *block.features_write})
+        assert block is not None
+        unknown = sorted({*block.features_read, *block.features_write} - FEATURES)
         if unknown:
             raise FormatError(f"{place.path} needs features that this program does not know: {', '.join(unknown)}")
+        lacking = sorted(FEATURES - {*block.features_read})
+        if lacking:
+            raise FormatError(f"{place.path} is of a trial version without: {', '.join(lacking)}; make a new store")
         if block.store != first.superblock.store:
             raise InvalidRequest(
                 f"{place.path} belongs to store {block.store[:8]}, but {first.path} to store "
@@ -121,82 +131,68 @@ def check_members(places: Sequence[ZonePlace]) -> list[ZonePlace]:
                 "remove the copy"
             )
         by_id[block.zone] = place
-    missing = [member for member in first.superblock.members if member.id not in by_id]
-    if missing:
-        raise Unavailable("zones are missing: " + ", ".join(f"{m.path} (zone {m.id[:8]})" for m in missing))
-    listed = {member.id for member in first.superblock.members}
-    strangers = [place.path for zone_id, place in by_id.items() if zone_id not in listed]
-    if strangers:
-        raise InvalidRequest(f"{', '.join(strangers)} is not listed as a zone of store {first.superblock.store[:8]}")
-    return sorted(places, key=lambda place: place.superblock.number if place.superblock else 0)
 
 
-def newest_epoch(places: Sequence[ZonePlace]) -> tuple[Epoch | None, int]:
-    """(the newest epoch that every zone holds, the highest number seen anywhere). None: a store just initialised.
-
-    A record appears whole or not at all, so one that is there but damaged counts as held; what it said is read from
-    another zone. Corrupt: no zone can say it. Going back to an older one would go back to an older catalog.
-    """
-    held: dict[int, list[Epoch | None]] = {}
-    highest = 0
-    for place in places:
-        for entry in place.backend.list(EPOCH_FOLDER):
-            number = int(entry.name.rpartition("/")[2], 16)
-            highest = max(highest, number)
-            epoch: Epoch | None = None
-            data = place.backend.get(entry.name)
-            try:
-                epoch = decode_document("epoch", data, Epoch, f"{place.path}/{entry.name}")
-            except NewerFormat:
-                raise
-            except FormatError as error:
-                log.warning("an epoch record is damaged: %s", error)
-            held.setdefault(number, []).append(epoch)
-    for number, epochs in sorted(held.items(), reverse=True):
-        readable = {epoch.id: epoch for epoch in epochs if epoch is not None}
-        if len(epochs) < len(places) or len(readable) > 1:
+def read_epochs(place: ZonePlace) -> tuple[list[Epoch], dict[int, FormatError]]:
+    """Every epoch record of a zone, and what is wrong with those that can't be read, by number."""
+    found: list[Epoch] = []
+    damaged: dict[int, FormatError] = {}
+    for entry in place.backend.list(EPOCH_FOLDER):
+        number = object_number(entry.name)
+        if number is None:
             continue
-        if not readable:
-            raise Corrupt(f"no zone can read epoch record {number}")
-        return next(iter(readable.values())), highest
-    if any(epoch is not None and epoch.parent != NO_EPOCH for epochs in held.values() for epoch in epochs):
-        raise Corrupt("no epoch record is held by every zone")
-    return None, highest
+        try:
+            data = place.backend.get(entry.name)
+            found.append(decode_document("epoch", data, Epoch, f"{place.path}/{entry.name}"))
+        except FormatError as error:
+            log.warning("an epoch record is damaged: %s", error)
+            damaged[number] = error
+    return found, damaged
 
 
-def next_epoch(
-    parent: Epoch | None, number: int, members: int, catalog: CatalogHead, rng: random.Random, wall: float
-) -> Epoch:
-    """The epoch of this start."""
-    return Epoch(
-        number=number,
-        id=rng.randbytes(16).hex(),
-        parent=parent.id if parent is not None else NO_EPOCH,
-        members=list(range(members)),
-        w=members,
-        wall=wall,
-        catalog=catalog,
-    )
+def heal(held: dict[str, list[Epoch]], damaged: Mapping[str, Mapping[int, FormatError]]) -> list[str]:
+    """Give zones the records that they hold and that can't be read there: a record appears whole or not at all, so what
+    is there was there, and what it says another zone tells. Returns the zones of whose newest record nobody knows what
+    it says: they can't be judged and are taken from `held`. NewerFormat: a record may be of another program, and nobody
+    has a copy that tells otherwise."""
+    lost = []
+    known = [epoch for epochs in held.values() for epoch in epochs]
+    for zone, numbers in damaged.items():
+        for number, error in numbers.items():
+            said = {epoch.id: epoch for epoch in known if epoch.number == number}
+            if len(said) == 1:
+                held[zone] += said.values()
+            elif isinstance(error, NewerFormat):
+                raise error
+            elif number > max((epoch.number for epoch in held[zone]), default=0):
+                lost.append(zone)
+    for zone in lost:
+        held.pop(zone, None)
+    return lost
 
 
-def write_epoch(place: ZonePlace, epoch: Epoch) -> None:
-    """Put the epoch record into one zone, durably, and drop the oldest ones."""
-    place.backend.put(epoch_name(epoch.number), encode_document("epoch", epoch))
+def drop_old_epochs(backend: Backend, oldest: int, chain: Collection[str]) -> None:
+    """In a zone's thread: remove records below number `oldest` beyond the newest EPOCHS_KEPT, and those that are not in
+    the chain of the epoch in force: what they wanted never came, or was overruled."""
+    entries = [(number, e.name) for e in backend.list(EPOCH_FOLDER) if (number := object_number(e.name)) is not None]
+    for number, name in entries[:-EPOCHS_KEPT]:
+        if number < oldest:
+            backend.delete(name)
+    for _, name in entries[-EPOCHS_KEPT:]:
+        try:
+            epoch = decode_document("epoch", backend.get(name), Epoch, name)
+        except FormatError:
+            continue
+        if epoch.id not in chain:
+            backend.delete(name)
 
 
-def drop_old_epochs(place: ZonePlace) -> None:
-    """Keep the newest EPOCHS_KEPT records; called when the newest is complete."""
-    for entry in place.backend.list(EPOCH_FOLDER)[:-EPOCHS_KEPT]:
-        place.backend.delete(entry.name)
-
-
-def update_paths(places: Sequence[ZonePlace]) -> None:
-    """Note in every superblock where the zones are now, if any was moved."""
-    now = {place.superblock.zone: place.path for place in places if place.superblock is not None}
+def note_members(places: Sequence[ZonePlace], members: list[Known]) -> None:
+    """Note in every superblock which zones there are and where, if it says something else. A superblock is only a
+    hint of where the others are, so a zone that can't be written now is passed over."""
     for place in places:
         block = place.superblock
         assert block is not None
-        members = [Member(m.number, m.id, now.get(m.id, m.path)) for m in block.members]
         if members != block.members:
             moved = Superblock(
                 store=block.store,
@@ -208,7 +204,10 @@ def update_paths(places: Sequence[ZonePlace]) -> None:
                 features_write=block.features_write,
                 features_check=block.features_check,
             )
-            place.backend.put(SUPERBLOCK, encode_document("superblock", moved))
+            try:
+                place.backend.put(SUPERBLOCK, encode_document("superblock", moved))
+            except StoreError as error:
+                log.warning("superblock not renewed: %s", error)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

@@ -108,8 +108,9 @@ class Volume(Protocol):
         fua: bool = False,
         alive: Callable[[], bool] = always,
     ) -> None:
-        """Make the range read as zeros. no_hole: whole blocks stay reserved, so that a later write can't meet NoSpace
-        for them. fast: raise NotSupported, nothing changed, where it takes more than a change of the map."""
+        """Make the range read as zeros. no_hole: whole blocks are no holes afterwards (`extents`); NoSpace if there is
+        no room for them now. Only a preallocated volume promises that a later write finds its space. fast: raise
+        NotSupported, nothing changed, where it takes more than a change of the map."""
         ...
 
     def flush_state(self) -> int:

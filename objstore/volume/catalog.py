@@ -5,8 +5,11 @@ log, so that entries see each other in the order of the log.
 """
 
 import asyncio
+import logging
+from typing import Final
 
-from objstore.errors import Corrupt, FormatError, NotFound, StoreError
+from objstore.backend.base import ZoneFailed
+from objstore.errors import Corrupt, FormatError, NoSpace, NotFound, StoreError, Unavailable
 from objstore.format.catalog import (
     DeleteEntry,
     Entry,
@@ -26,13 +29,22 @@ from objstore.log.env import Env
 from objstore.log.opening import Base, Head, read_tail
 from objstore.log.segment import log_folder, segment_number
 from objstore.log.tail import data_spans
+from objstore.log.trust import Trust
 from objstore.log.writer import LogWriter
+from objstore.names import object_number
+from objstore.replica.membership import Membership
 from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES, KIB
+
+logger = logging.getLogger(__name__)
 
 CATALOG_LOG = 0
 SEGMENT_BYTES = 256 * KIB
 SNAPSHOT_FOLDER = "catalog/"
+COMPACT_BYTES: Final = 4 << 20
+"""A catalog log of that length is replaced by a snapshot: 1,000 VDIs have one of 0.2 MiB, and an opening reads both."""
+NUMBERS_LEFT: Final = 16
+"""The former writer may be preparing so many segments more."""
 
 
 def snapshot_name(number: int) -> str:
@@ -87,44 +99,41 @@ class Catalog:
 
     Opening: `recover` reads snapshot and surviving records; `persist` writes their sum as a new snapshot to every zone
     and gives the head that the epoch record commits; `start` begins a new generation of the log. What was only in a
-    page cache when the last process died is thereby durable before anything is built on it.
+    page cache when the last process died is thereby durable before anything is built on it. `_compact` does the same
+    in an open store, with an epoch of its own.
     """
 
     def __init__(self, env: Env) -> None:
         self.env = env
         self.state = CatalogState()
         self.number = 0
+        self.snapshot_object: tuple[str, bytes] | None = None
+        """Name and contents of the snapshot that the head of this start names."""
+        self._membership: Membership | None = None
         self._writer: LogWriter | None = None
+        self._error: StoreError | None = None
         self._position = 0
         self._previous_crc = 0
         self._generation = 0
         self._next_number = 0
+        self._blocks = 0
         self._lock = asyncio.Lock()
 
     @property
     def error(self) -> StoreError | None:
         """Why the catalog takes no more entries."""
-        return self._writer.error if self._writer is not None else None
+        if self._error is None and self._writer is not None:
+            return self._writer.error
+        return self._error
 
-    async def recover(self, head: CatalogHead) -> None:
-        """Read what the head and the records behind it say. Corrupt, Unavailable."""
+    async def recover(self, head: CatalogHead, epoch_id: str, trust: Trust, *, force: bool = False) -> None:
+        """Read what the head and the records behind it say. epoch_id: the epoch that committed the head. Corrupt,
+        Unavailable."""
         env = self.env
-        snapshot: Snapshot | None = None
-        reasons: list[str] = []
-        for zone in env.zones if head.snapshot else []:
-            try:
-                data = await run(env.executor, zone.index, zone.backend.get, snapshot_name(head.snapshot))
-                snapshot = decode_snapshot(data, env.store_id, head.snapshot)
-                break
-            except (FormatError, NotFound) as error:
-                reasons.append(f"{zone!r}: {error}")
-        if head.snapshot and snapshot is None:
-            raise Corrupt(f"no zone has the catalog: {'; '.join(reasons)}")
-        self.state = CatalogState(snapshot)
+        self.state = CatalogState(await self._snapshot(head, trust) if head.snapshot else None)
         base = Base(head.position, head.previous_crc, head.first_number)
-        tail = await read_tail(
-            env, CATALOG_LOG, Head(head.generation, (), head.first_number, 0, False), base, copy_all=True
-        )
+        log_head = Head(head.generation, (), head.first_number, 0, not head.snapshot, epoch_id)
+        tail = await read_tail(env, CATALOG_LOG, log_head, base, copy_all=True, trust=trust, force=force)
         self._position, self._previous_crc = head.position, head.previous_crc
         for record in tail.rest:
             for bits, _, at, crcs, _ in data_spans(record.header):
@@ -137,62 +146,155 @@ class Catalog:
         self._next_number = tail.next_number
         self.number = head.snapshot
 
-    async def persist(self) -> CatalogHead:
-        """Write the state as a new snapshot to every zone, durably; the head that makes it count."""
+    async def _snapshot(self, head: CatalogHead, trust: Trust) -> Snapshot:
         env = self.env
-        seen = {0}
-        for zone in env.zones:
-            for entry in await run(env.executor, zone.index, zone.backend.list, SNAPSHOT_FOLDER):
-                seen.add(int(entry.name.rpartition("/")[2], 16))
+        reasons: list[str] = []
+        for z in sorted(trust.here):
+            zone = env.zones[z]
+            try:
+                data = await run(env.executor, z, zone.backend.get, snapshot_name(head.snapshot))
+                return decode_snapshot(data, env.store_id, head.snapshot)
+            except (FormatError, NotFound, ZoneFailed) as error:
+                reasons.append(f"{zone!r}: {error}")
+        absent = trust.absent(zone.index for zone in env.zones)
+        if absent:
+            raise Unavailable(
+                f"no zone has the catalog, and zones are missing: {', '.join(absent)}; {'; '.join(reasons)}"
+            )
+        raise Corrupt(f"no zone has the catalog: {'; '.join(reasons)}")
+
+    async def persist(self) -> tuple[CatalogHead, dict[int, StoreError]]:
+        """Write the state as a new snapshot to every zone in service, durably: the head that makes it count, and the
+        zones that failed. NoSpace."""
+        env = self.env
+        failed: dict[int, StoreError] = {}
+        seen = {0, self.number}
+        for z in sorted(env.in_service):
+            try:
+                for entry in await run(env.executor, z, env.zones[z].backend.list, SNAPSHOT_FOLDER):
+                    seen.add(object_number(entry.name) or 0)
+            except ZoneFailed as error:
+                failed[z] = error
         self.number = max(seen) + 1
         data = encode_snapshot(self.state.snapshot(), env.store_id, self.number)
-        for zone in env.zones:
-            await run(env.executor, zone.index, zone.backend.put, snapshot_name(self.number), data)
-        return CatalogHead(
+        self.snapshot_object = (snapshot_name(self.number), data)
+        for z in sorted(env.in_service - failed.keys()):
+            try:
+                await run(env.executor, z, env.zones[z].backend.put, snapshot_name(self.number), data)
+            except ZoneFailed as error:
+                failed[z] = error
+        head = CatalogHead(
             snapshot=self.number,
             generation=self._generation,
             first_number=self._next_number,
             position=self._position,
             previous_crc=self._previous_crc,
         )
+        return head, failed
 
-    async def start(self) -> None:
+    async def start(self, membership: Membership) -> None:
         """The epoch record that names the head is durable: take entries; remove what no head needs any more."""
-        env = self.env
-        everywhere = tuple(zone.index for zone in env.zones)
-        self._writer = LogWriter(
-            env,
+        self._membership = membership
+        self._writer = self._new_writer(membership)
+        await self._drop_old()
+
+    def _new_writer(self, membership: Membership) -> LogWriter:
+        self._blocks = 0
+        return LogWriter(
+            self.env,
             CATALOG_LOG,
             generation=self._generation,
-            copies=len(everywhere),
+            copies=len(membership.in_service),
             next_number=self._next_number,
             position=self._position,
             previous_crc=self._previous_crc,
-            place=lambda number: everywhere,
+            place=lambda number: tuple(sorted(membership.in_service)),
             segment_bytes=SEGMENT_BYTES,
         )
-        for zone in env.zones:
-            backend = zone.backend
-            old = [
-                entry.name
-                for entry in await run(env.executor, zone.index, backend.list, SNAPSHOT_FOLDER)
-                if int(entry.name.rpartition("/")[2], 16) < self.number
-            ]
-            for entry in await run(env.executor, zone.index, backend.list, log_folder(CATALOG_LOG)):
-                number = segment_number(entry.name)
-                if number is not None and number < self._next_number:
-                    old.append(entry.name)
-            for name in old:
-                await run(env.executor, zone.index, backend.delete, name)
+
+    async def _drop_old(self) -> None:
+        """Remove snapshots and segments from before the head; what can't be removed goes the next time."""
+        env = self.env
+        for z in sorted(env.in_service):
+            backend = env.zones[z].backend
+            try:
+                old = [
+                    entry.name
+                    for entry in await run(env.executor, z, backend.list, SNAPSHOT_FOLDER)
+                    if (object_number(entry.name) or self.number) < self.number
+                ]
+                for entry in await run(env.executor, z, backend.list, log_folder(CATALOG_LOG)):
+                    number = segment_number(entry.name)
+                    if number is not None and number < self._next_number:
+                        old.append(entry.name)
+                for name in old:
+                    await run(env.executor, z, backend.delete, name)
+            except StoreError as error:
+                logger.warning("old catalog stays until the next start: %s", error)
+
+    async def compact(self) -> None:
+        """Replace the catalog's log by a snapshot, which every zone in service gets: a zone that just came has all of
+        the catalog then. Unavailable, NoSpace."""
+        async with self._lock:
+            await self._compact()
+
+    async def _compact(self) -> None:
+        """With the lock held, so that nothing is committed meanwhile."""
+        old, membership = self._writer, self._membership
+        assert old is not None
+        assert membership is not None
+        if self._error is not None:
+            raise self._error
+        await old.flush()
+        former = (self._generation, self._next_number, self._position, self._previous_crc)
+        self._generation = old.generation + 1
+        self._next_number = old.next_number + NUMBERS_LEFT
+        self._position, self._previous_crc = old.position, old.previous_crc
+        try:
+            head, failed = await self.persist()
+            for z, error in failed.items():
+                await self.env.put_out(z, error)
+        except StoreError:
+            self._generation, self._next_number, self._position, self._previous_crc = former
+            raise
+        try:
+            await membership.set_catalog(head)
+        except StoreError as error:
+            # It may be in force at the next opening, or not: what is committed from here on could be lost.
+            self._error = error
+            raise
+        self._writer = self._new_writer(membership)
+        await old.close()
+        await self._drop_old()
 
     async def commit(self, *entries: Entry) -> None:
         """Append the entries as one record and return when it is durable. Unavailable, NoSpace: nothing happened, or
         (Unavailable) it is unknown until the store is opened again."""
-        writer = self._writer
-        assert writer is not None, "the catalog was started"
         encoded = [(entry, *encode_entry(entry)) for entry in entries]
         blocks = sum(len(data) // BLOCK_BYTES for _, data, _ in encoded)
         async with self._lock:
+            writer = self._writer
+            assert writer is not None, "the catalog was started"
+            if self._error is not None:
+                raise self._error
+            if blocks > writer.fresh_room:
+                # No record of it fits a segment: it is committed by the snapshot.
+                for entry in entries:
+                    self.state.apply(entry)
+                try:
+                    await self._compact()
+                except StoreError as error:
+                    self._error = self._error or error
+                    raise
+                return
+            if self._blocks * BLOCK_BYTES > COMPACT_BYTES:
+                try:
+                    await self._compact()
+                except NoSpace as error:
+                    logger.warning("the catalog's log can't be replaced by a snapshot: %s", error)
+                    self._blocks = 0
+                writer = self._writer
+                assert writer is not None
             while not writer.room_for_batch(blocks):
                 await writer.make_room(0)
             writer.start_record(blocks)
@@ -200,6 +302,7 @@ class Catalog:
                 writer.append(Kind.ENTRY, length, len(data) // BLOCK_BYTES, memoryview(data))
                 self.state.apply(entry)
             writer.cut()
+            self._blocks += blocks + 1
         await writer.flush()
 
     async def close(self) -> None:

@@ -1,30 +1,34 @@
 """Opening a VDI: checkpoint, tail, replay, the copy of what was not sealed; until its head record commits, nothing."""
 
-import contextlib
-import functools
-from collections.abc import Callable
+import logging
 from typing import NamedTuple
 
 from objstore.backend.base import Backend
 from objstore.errors import StoreError
-from objstore.format.catalog import HeadEntry, VdiEntry
+from objstore.format.catalog import HeadEntry, TailRow, VdiEntry
 from objstore.format.checkpoint import DEAD
 from objstore.log.blockmap import BlockMap, PageRef
-from objstore.log.checkpoint import Loaded, load_pages, newest_checkpoint
+from objstore.log.checkpoint import CheckpointZones, Loaded, checkpoint_folder, load_pages, newest_checkpoint
 from objstore.log.disk import Disk
 from objstore.log.env import Env
 from objstore.log.keeper import FREES_CHECKED, Keeper
-from objstore.log.opening import Base, Head, Tail, copy_rest, read_tail
+from objstore.log.opening import Base, Head, Row, Tail, believe, copy_rest, list_folder, read_tail
 from objstore.log.regions import decode_region, tally
 from objstore.log.replay import Replay
+from objstore.log.root import Root
 from objstore.log.segment import Segment, segment_name
+from objstore.log.trust import Trust
 from objstore.log.writer import LogWriter
+from objstore.replica.membership import Membership
 from objstore.replica.placement import choose
 from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES, REGION_BLOCKS
 
+logger = logging.getLogger(__name__)
+
 SEGMENTS_PER_RUN = 16
 """Consecutive segments share their zones, so that a flush seldom waits for more than one set of them."""
+RUNS_CACHED = 64
 NO_HEAD = Head(0, (), 0, 0, True)
 
 
@@ -38,36 +42,83 @@ class Opened(NamedTuple):
     newest_wall_us: int
 
 
-def placement(env: Env, log: int, copies: int) -> Callable[[int], tuple[int, ...]]:
-    """Segment number -> its zones, by rendezvous hashing over runs of segments."""
-    weights = [(zone.zone_id.hex(), 1.0) for zone in env.zones]
-    index = {zone.zone_id.hex(): zone.index for zone in env.zones}
+class Placement:
+    """Segment number -> its zones: weighted rendezvous hashing over runs of segments, among the members that take new
+    data. Every object of an epoch gets `copies` of them, or all if they are fewer: opening relies on it."""
 
-    @functools.lru_cache(maxsize=64)
-    def place_run(number: int) -> tuple[int, ...]:
-        return tuple(sorted(index[zone_id] for zone_id in choose(weights, log << 32 | number, copies)))
+    def __init__(self, membership: Membership, log: int, copies: int) -> None:
+        self._membership = membership
+        self._log = log
+        self.copies = copies
+        self._version = -1
+        self._runs: dict[int, tuple[int, ...]] = {}
 
-    return lambda number: place_run(number // SEGMENTS_PER_RUN)
+    def set_copies(self, copies: int) -> None:
+        """From now on."""
+        self.copies = copies
+        self._version = -1
+
+    def __call__(self, number: int) -> tuple[int, ...]:
+        membership = self._membership
+        if membership.version != self._version or len(self._runs) > RUNS_CACHED:
+            self._version = membership.version
+            self._runs.clear()
+        run_number = number // SEGMENTS_PER_RUN
+        zones = self._runs.get(run_number)
+        if zones is None:
+            numbers = {member.id: member.number for member in membership.placeable()}
+            weights = [(member.id, member.weight) for member in membership.placeable()]
+            chosen = choose(weights, self._log << 32 | run_number, self.copies)
+            zones = self._runs[run_number] = tuple(sorted(numbers[zone_id] for zone_id in chosen))
+        return zones
 
 
-async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
-    """Corrupt, Unavailable: it can't be opened without losing what was flushed."""
+def min_copies(env: Env, copies: int) -> int:
+    """How many zones a VDI with so many copies must have in service to take writes."""
+    return min(copies, env.settings.min_copies or max(1, copies - 1))
+
+
+def head_of(entry: HeadEntry) -> Head:
+    """The head as the log layer sees it."""
+    rows = tuple(Row(row.number, row.seal_crc, zones_of_mask(row.zones)) for row in entry.tail)
+    return Head(entry.generation, rows, entry.first_number, entry.checkpoint, entry.clean, entry.epoch, entry.copies)
+
+
+def tail_rows(disk: Disk, start: int) -> list[TailRow]:
+    """The sealed segments from `start` on, as a head names them."""
+    segments = [*disk.segments.values(), *(segment for segment, _ in disk.dead.values())]
+    found = [s for s in segments if s.number >= start]
+    return [TailRow(s.number, s.seal_crc, sum(1 << z for z in s.zones)) for s in sorted(found, key=lambda s: s.number)]
+
+
+def zones_of_mask(mask: int) -> tuple[int, ...]:
+    """The zone numbers of a mask."""
+    return tuple(z for z in range(mask.bit_length()) if mask >> z & 1)
+
+
+async def open_disk(
+    env: Env, membership: Membership, vdi: VdiEntry, entry: HeadEntry | None, *, force: bool = False
+) -> Opened:
+    """Corrupt: it can't be opened without losing what was flushed. Unavailable: not without zones that are missing,
+    which are named. force: then open what there is of it."""
     log = vdi.log
     blocks = -(-vdi.size_bytes // BLOCK_BYTES)
-    head = NO_HEAD
-    if entry is not None:
-        head = Head(entry.generation, tuple(entry.tail), entry.first_number, entry.checkpoint, entry.clean)
-    place = placement(env, log, vdi.copies)
-    # Checkpoints lie where segment 0 would, so that their place needs no record of its own.
-    checkpoint_zones = place(0)
-    loaded, sizes = await newest_checkpoint(env, log, head.checkpoint, checkpoint_zones)
+    head = NO_HEAD if entry is None else head_of(entry)
+    place = Placement(membership, log, vdi.copies)
+    trust = Trust(env, membership.history)
+    zones = CheckpointZones(env, place)
+    listings = await list_folder(env, trust, checkpoint_folder(log))
+    if not force:
+        believe(trust, head)  # which goes for the checkpoints too
+    loaded, sizes = await newest_checkpoint(env, log, head.checkpoint, zones, listings)
     base = Base(0, 0, 0)
+    root = Root()
     pages: dict[int, PageRef] = {}
     if loaded is not None:
         base = Base(loaded.header.position, loaded.header.previous_crc, loaded.header.next_segment)
-        columns = [loaded.root[name].tolist() for name in ("region", "checkpoint", "offset", "length")]
-        pages = {region: PageRef(*ref) for region, *ref in zip(*columns, strict=True)}
-    tail = await read_tail(env, log, head, base)
+        root = Root(loaded.root)
+        pages = await root.pages()
+    tail = await read_tail(env, log, head, base, trust=trust, force=force)
     position, previous_crc = base.position, base.previous_crc
     if tail.sealed:
         position, previous_crc = tail.sealed[-1][0].last_position, tail.sealed[-1][0].last_crc
@@ -83,34 +134,41 @@ async def open_disk(env: Env, vdi: VdiEntry, entry: HeadEntry | None) -> Opened:
         segment_bytes=env.settings.segment_bytes,
     )
     disk = Disk(env, log, blocks, BlockMap(pages), writer)
-    disk.checkpoint_zones = lambda number: checkpoint_zones
-    disk.pages = pages
+    disk.checkpoint_zones = zones
     keeper = Keeper(disk)
+    keeper.root = root
     _restore_keeper(keeper, loaded, sizes)
     keeper.durable_number = min(head.checkpoint, keeper.number)
     kept = _restore_segments(disk, loaded, tail)
+    epoch = membership.epoch
     try:
         # They may take the very space that the copies need.
-        await drop_garbage(env, log, {number: tail.unkept[number] for number in tail.empty})
+        await drop_garbage(env, log, tail.empty)
         await _replay(disk, tail)
     except StoreError:
         await close_disk(disk)
         made = {n: segment.zones for n, segment in disk.segments.items() if segment.generation == writer.generation}
-        with contextlib.suppress(StoreError):  # what is left is garbage that the next try removes
-            await drop_garbage(env, log, made)
+        await drop_garbage(env, log, made)  # what is left is garbage that the next try removes
         raise
+    # Copying the end took what zones there are: what can be read may be read.
+    writer.min_copies = min_copies(env, vdi.copies)
     first_number = max([tail.next_number, *(number + 1 for number in disk.segments)])
     tail_start = loaded.header.previous_next_segment if loaded is not None else 0
-    numbers = {n for n in (*disk.segments, *disk.dead) if n >= tail_start}
     committed = HeadEntry(
         log=log,
         generation=writer.generation,
-        tail=sorted(numbers),
+        tail=tail_rows(disk, tail_start),
         first_number=first_number,
         checkpoint=keeper.durable_number,
         clean=False,
+        epoch=epoch.id,
+        copies=vdi.copies,
     )
-    garbage = {n: zones for n, zones in tail.unkept.items() if n not in kept and n not in tail.empty}
+    garbage: dict[int, tuple[int, ...]] = {}
+    for number, shown in tail.shown.items():
+        gone = set(shown).difference(kept.get(number, ()), tail.empty.get(number, ()))
+        if gone:
+            garbage[number] = tuple(sorted(gone))
     return Opened(disk, keeper, committed, garbage, tail.newest_wall_us)
 
 
@@ -123,23 +181,23 @@ def _restore_keeper(keeper: Keeper, loaded: Loaded | None, sizes: dict[int, int]
         keeper.position = loaded.header.position
         keeper.next_segment = loaded.header.next_segment
         keeper.previous_next_segment = loaded.header.previous_next_segment
-        keeper.pages = keeper.disk.pages
 
 
-def _restore_segments(disk: Disk, loaded: Loaded | None, tail: Tail) -> set[int]:
-    """Segment objects for the checkpoint's table and the sealed tail; the numbers of all that are kept."""
-    kept: set[int] = set()
+def _restore_segments(disk: Disk, loaded: Loaded | None, tail: Tail) -> dict[int, tuple[int, ...]]:
+    """Segment objects for the checkpoint's table and the sealed tail; the numbers of all that are kept, each with the
+    zones whose copies count."""
+    kept: dict[int, tuple[int, ...]] = {}
     if loaded is not None:
         names = ("number", "blocks", "seal_crc", "live", "zones", "generation", "state")
         for number, blocks, seal_crc, live, mask, generation, state in zip(
             *(loaded.table[name].tolist() for name in names), strict=True
         ):
-            zones = tuple(z.index for z in disk.env.zones if mask >> z.index & 1)
+            zones = tuple(z for z in zones_of_mask(mask) if z < len(disk.env.zones))
             segment = Segment(disk.log, number, generation, zones, blocks)
             segment.sealed = True
             segment.seal_crc = seal_crc
             segment.live = live
-            kept.add(number)
+            kept[number] = zones
             if state == DEAD:
                 disk.env.segments[segment.key] = segment
                 disk.dead[number] = (segment, FREES_CHECKED - 1)
@@ -150,7 +208,7 @@ def _restore_segments(disk: Disk, loaded: Loaded | None, tail: Tail) -> set[int]
         segment = Segment(disk.log, directory.segment, directory.generation, zones, blocks)
         segment.sealed = True
         segment.seal_crc = directory.crc
-        kept.add(directory.segment)
+        kept[directory.segment] = zones
         disk.add_segment(segment)
     return kept
 
@@ -197,10 +255,13 @@ async def close_disk(disk: Disk) -> None:
 
 
 async def drop_garbage(env: Env, log: int, garbage: dict[int, tuple[int, ...]]) -> None:
-    """Remove segments that no committed head or checkpoint needs."""
+    """Remove segments that no committed head or checkpoint needs; what can't be removed goes at the next opening."""
     for number, zones in garbage.items():
-        for zone in zones:
-            await run(env.executor, zone, env.zones[zone].backend.delete, segment_name(log, number))
+        for zone in env.serving(zones):
+            try:
+                await run(env.executor, zone, env.zones[zone].backend.delete, segment_name(log, number))
+            except StoreError as error:
+                logger.warning("garbage stays until the next opening: %s", error)
 
 
 def purge_log(backend: Backend, folders: list[str]) -> None:

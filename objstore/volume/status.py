@@ -30,17 +30,82 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Unix time of the last flush that completed since the store was opened; null = none yet."""
     log: int
     """Number of its log, never used again by another VDI."""
+    damaged_bytes: int = 0
+    """Bytes that no zone has whole, as far as is known since the store was opened; `vdi damage` says which."""
+
+
+class DamagedRange(Struct, frozen=True, kw_only=True):
+    """A part of a VDI that no zone has whole: reading it is an I/O error until it is written again."""
+
+    offset_bytes: int
+    length_bytes: int
+
+
+class VdiDamage(Struct, frozen=True, kw_only=True):
+    """What is known to be damaged of one VDI. complete: false if there is more than is remembered one by one."""
+
+    name: str
+    ranges: list[DamagedRange]
+    complete: bool
+
+
+class ScrubStatus(Struct, frozen=True, kw_only=True):
+    """The pass under way, or the last one. Bytes and copies are those of all zones together."""
+
+    running: bool
+    on_demand: bool
+    """Somebody asked for it: it goes as fast as the zones allow."""
+    bytes_done: int
+    bytes_total: int
+    seconds_left: float | None
+    """Estimate; null = not known yet, or none is running."""
+    started: float | None
+    finished: float | None
+    """Unix time at which the last whole pass ended."""
+    copies_checked: int
+    copies_bad: int
+    copies_repaired: int
+    copies_unrepaired: int
+    """Bad copies known now that could not be replaced."""
+    read_repairs: int
+    """Copies replaced since the store was opened because a read found them bad."""
+    skipped: list[str]
+    """VDIs that could not be opened for it, with the reason."""
+
+
+class RecoveryStatus(Struct, frozen=True, kw_only=True):
+    """Copies that are being made, or that are missing."""
+
+    running: bool
+    copies_missing: int
+    """Copies that should be somewhere and are not, as far as the last look tells."""
+    objects_unreachable: int
+    """Segments and checkpoints of which no zone in service has a copy."""
+    bytes_done: int
+    bytes_total: int
+    seconds_left: float | None
+    """Estimate; null = not known yet, or nothing is under way."""
+    bytes_per_second_max: int
+    """0 = no limit."""
+    copies_made: int
+    """Since the store was opened."""
+    problems: list[str]
+    """What could not be done, and why; it is tried again."""
 
 
 class ZoneStatus(Struct, frozen=True, kw_only=True):
     """One zone at one moment."""
 
+    number: int
     id: str
     """Hexadecimal identity from the zone's superblock."""
     path: str
     state: str
-    """`in` (takes part) or `failed` (see `reason`)."""
+    """`in` (takes part), `draining` (takes part, gets no new data), `failed` (is about to be put out) or `out`."""
     reason: str
+    """Why it failed or is out; empty otherwise."""
+    weight: float
+    """Its share of new data, relative to the other zones'."""
     used_bytes: int
     free_bytes: int
     epoch: int
@@ -62,9 +127,16 @@ class StoreStatus(Struct, frozen=True, kw_only=True):
     """How many VDIs there are."""
     dirty_bytes: int
     dirty_bytes_max: int
+    map_bytes: int
+    """Regions of block maps in memory, as far as `map_memory_bytes` limits them."""
+    map_bytes_max: int
+    map_waiting: int
+    """Requests that wait for a checkpoint because changed regions alone take all of that memory."""
     unclean_stop: str | None
     """What the last stop may have cost, if it was not clean; null after a clean stop."""
     started: float
     """Unix time at which the store was opened."""
     version: str
     """Version of the program that has the store open."""
+    scrub: ScrubStatus
+    recovery: RecoveryStatus

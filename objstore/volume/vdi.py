@@ -11,24 +11,26 @@ closes the VDI.
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
-from objstore.errors import Corrupt, InvalidRequest, NoSpace, NotSupported, OutOfRange, StoreError
+from objstore.errors import Corrupt, InvalidRequest, NoSpace, NotSupported, OutOfRange, StoreError, Unavailable
 from objstore.format.catalog import VdiEntry
 from objstore.format.record import Flag
 from objstore.log.address import HOLE, RESERVED
 from objstore.log.collect import Collector
 from objstore.log.disk import Disk
 from objstore.log.keeper import Keeper
-from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
+from objstore.replica.zone import run
+from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK
 from objstore.volume.base import REQUEST_BYTES_MAX, Extent, always
+from objstore.volume.opening import Placement
 
-FILL_BLOCKS_MAX = (1 << 32) - 1
+FILL_BLOCKS_MAX = (1 << 32) - REGION_BLOCKS
+"""Of one operation; a longer fill is cut between regions of the map."""
 READ_AHEAD_BYTES_MAX = 8 << 20
 RECLAIMS_MAX = 8
 """Times that one request waits for something to be freed and then meets full zones again. What was freed may have been
 dense segments moved elsewhere, with nothing won."""
-NO_HOLE_BYTES_MAX = 1 << 38
-"""Reserved zeros take 136 bytes of memory for each 4 MiB; only preallocation, which checks the space, may take more."""
 RESERVED_OVERHEAD = 1.06
 """Files over data for whole 1 MiB records: header pages, directory, rounding."""
 
@@ -50,8 +52,11 @@ class Vdi:
         self.keeper = keeper
         self.collector = Collector(disk, keeper)
         self.attached = 0
+        self.users = 0
+        """Pieces of the store's own work that need this VDI to stay."""
         self.last_flush: float | None = None
         self._env = disk.env
+        self._maps = disk.env.maps
         self._writer = disk.writer
         self._unsafe = mode == "unsafe"
         self._write_through = mode in ("writeback", "writethrough")
@@ -61,7 +66,24 @@ class Vdi:
         """Reads under way that wait."""
         self._quiet = asyncio.Event()
         disk.on_boundary = self._boundary
-        disk.on_failed = keeper.on_progress = self.collector.poke
+        disk.on_failed = self._failed
+        keeper.on_progress = self.collector.poke
+        keeper.start()
+
+    async def set_copies(self, copies: int, min_copies: int) -> None:
+        """Segments made from now on have so many copies. What is open with another number is sealed first, before
+        anything is measured by the new least number."""
+        writer = self._writer
+        self.copies = writer.copies = copies
+        if isinstance(writer.place, Placement):
+            writer.place.set_copies(copies)
+        writer.min_copies = min(writer.min_copies, min_copies)
+        writer.forget_prepared()
+        if writer.has_records:
+            writer.finish_segment()
+        await writer.flush()
+        await writer.sealed_below(writer.tail_number)
+        writer.min_copies = min_copies
 
     @property
     def description(self) -> str:
@@ -82,6 +104,10 @@ class Vdi:
 
     def _boundary(self) -> None:
         self.keeper.boundary()
+        self.collector.poke()
+
+    def _failed(self) -> None:
+        self.keeper.leave()
         self.collector.poke()
 
     def _check(self, offset_bytes: int, length_bytes: int, *, bounded: bool = True) -> None:
@@ -192,6 +218,7 @@ class Vdi:
             or (offset_bytes | length_bytes) & BLOCK_MASK
             or self.collector.tight
             or self._writer.scarce
+            or self._maps.pinned_bytes >= self._maps.pinned_bytes_max
             or self._env.dirty_bytes >= self._env.dirty_bytes_max
         ):
             return False
@@ -237,6 +264,9 @@ class Vdi:
         """
         disk, writer = self.disk, self._writer
         await self._admit()
+        for first, count, what in pieces:
+            if isinstance(what, memoryview):
+                await self.keeper.map_room(partial(disk.map.grows, first, count))
         await self.collector.room()
         whole = list(pieces)
         begun = False
@@ -264,7 +294,7 @@ class Vdi:
                     taken = min(count, room)
                     rest: memoryview | int = what[taken << BLOCK_SHIFT :]
                 else:
-                    taken = min(count, FILL_BLOCKS_MAX)
+                    taken = min(count, FILL_BLOCKS_MAX - (first & REGION_MASK))
                     rest = what
                 last = taken == count and len(pieces) == 1
                 flags = 0
@@ -280,9 +310,13 @@ class Vdi:
                 else:
                     pieces[0] = (first + taken, count - taken, rest)
                     await self._admit()
+            for _ in iter(disk.apply_more, False):
+                await asyncio.sleep(0)
         finally:
             if pieces:  # an error, or the caller was cancelled: the request never happened
                 disk.forget_parts()
+            while disk.apply_more():
+                pass
 
     def _reserve(self) -> int:
         """Bytes that this VDI's data must leave free in every zone."""
@@ -324,8 +358,8 @@ class Vdi:
     ) -> None:
         """See Volume."""
         self._check(offset_bytes, length_bytes, bounded=False)
-        if no_hole and length_bytes > NO_HOLE_BYTES_MAX and not self.prealloc:
-            raise InvalidRequest(f"at most {NO_HOLE_BYTES_MAX} bytes are reserved at once length={length_bytes}")
+        if no_hole and not self.prealloc and length_bytes > self._env.settings.segment_bytes:
+            await self._check_space(length_bytes)
         first = offset_bytes + BLOCK_MASK >> BLOCK_SHIFT
         end = offset_bytes + length_bytes
         last = self.disk.blocks if end == self.size_bytes else end >> BLOCK_SHIFT
@@ -348,6 +382,20 @@ class Vdi:
                         pieces.append(await self._zeroed(end - tail, tail))
                 await self._append(pieces, alive)
         await self._after(fua=fua)
+
+    async def _check_space(self, length_bytes: int) -> None:
+        """NoSpace if the zones can't hold so much more now, what the VDI holds already not counted."""
+        env = self._env
+        zones = env.serving(self._writer.place(self._writer.next_number))
+        answers = await asyncio.gather(
+            *(run(env.executor, z, env.zones[z].backend.free_bytes) for z in zones), return_exceptions=True
+        )
+        free = [answer for answer in answers if isinstance(answer, int)]
+        if not free:  # of zones that fail meanwhile the others don't wait
+            raise Unavailable("no zone says how much space it has")
+        missing = int((length_bytes - (self.disk.live_total << BLOCK_SHIFT)) * RESERVED_OVERHEAD)
+        if min(free) - self._reserve() < missing:
+            raise NoSpace(f"the zones can't hold it: free_bytes={min(free)} needed_bytes={missing}")
 
     async def _zeroed(self, offset_bytes: int, length_bytes: int) -> tuple[int, int, memoryview]:
         """One block with a part of it zeroed, as a piece of `_append`."""

@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import fio, ours, report
-from tests.bench.cases import CPU, CPU_CASES, FIO_CASES, NAMES, FioCase
+from tests.bench import copies, fio, ours, report
+from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, NAMES, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
 
@@ -35,6 +35,9 @@ MEMORY_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs"})
 RSS_BYTES_MAX: Final = 400 << 20
 OPEN_SECONDS_MAX: Final = 2.0
 P99_RATIO_MAX: Final = 3.0
+SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX = 0.7, 1.2
+RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
+DEGRADED_RATIOS_MIN: Final = {"write": 0.9, "read": 0.95}
 
 
 def size(text: str) -> int:
@@ -183,6 +186,38 @@ class Bench:
         text = f"{result.p99_seconds * 1e6:.0f} us, {ratio:.2f} times that of the first quarter of a turn"
         self.singles.append(Single("space-p99", text, "3 times", ratio <= P99_RATIO_MAX, {"ratio": ratio}))
 
+    def _ratio(self, name: str, text: str, ratio: float, limit: float, *, most: bool = False) -> None:
+        met = ratio <= limit if most else ratio >= limit
+        self.singles.append(Single(name, text, f"{limit:g} times", met, {"ratio": ratio}, least=not most))
+        say(f"{name}: {text}")
+
+    def run_scrub(self) -> None:
+        result = copies.scrub(self.apart, self.options.rounds, self.options.seconds)
+        rates = (statistics.median(result.scrub_rates) / 1e6, statistics.median(result.loop_rates) / 1e6)
+        text = f"{rates[0]:.0f} MB/s, {result.ratio:.2f} times a plain loop ({rates[1]:.0f} MB/s)"
+        self._ratio("scrub", text, result.ratio, SCRUB_RATIO_MIN)
+        self._p99("scrub-p99", result.p99_alone_seconds, result.p99_beside_seconds, SCRUB_P99_RATIO_MAX)
+
+    def run_recovery(self) -> None:
+        result = copies.recovery(self.apart, self.options.seconds)
+        text = (
+            f"{result.recovery_rate / 1e6:.0f} MB/s, {result.ratio:.2f} times cp -r and sync"
+            f" ({result.copy_rate / 1e6:.0f} MB/s)"
+        )
+        self._ratio("recovery", text, result.ratio, RECOVERY_RATIO_MIN)
+        self._p99("recovery-p99", result.p99_alone_seconds, result.p99_beside_seconds, RECOVERY_P99_RATIO_MAX)
+
+    def _p99(self, name: str, alone: float, beside: float, limit: float) -> None:
+        text = f"{beside * 1e6:.0f} us, {beside / alone:.2f} times that without ({alone * 1e6:.0f} us)"
+        self._ratio(name, text, beside / alone, limit, most=True)
+
+    def run_degraded(self) -> None:
+        result = copies.degraded(self.apart, self.options.rounds, self.options.seconds)
+        for load, limit in DEGRADED_RATIOS_MIN.items():
+            values = (statistics.median(result.degraded[load]), statistics.median(result.healthy[load]))
+            text = f"{values[0]:.0f}/s with two of three zones, {values[1]:.0f}/s with all"
+            self._ratio(f"degraded-{load}", text, result.ratio(load), limit)
+
     def run(self, names: Sequence[str]) -> None:
         wanted = set(names) | (set(CPU_CASES) if CPU in names else set())
         loads = [case for case in FIO_CASES if case.name in wanted]
@@ -209,8 +244,11 @@ class Bench:
                 self.run_open_crash()
             if "space" in wanted:
                 self.run_space()
-        elif wanted & {"open-crash", "space"}:
-            say(f"{self.ours} keeps nothing: open-crash and space left out")
+            for case in COPIES_CASES:
+                if case in wanted:
+                    {"scrub": self.run_scrub, "recovery": self.run_recovery, "degraded": self.run_degraded}[case]()
+        elif wanted & {"open-crash", "space", *COPIES_CASES}:
+            say(f"{self.ours} keeps nothing: what looks into its store is left out")
 
     def close(self) -> None:
         for server in (*self.servers.values(), self.apart):

@@ -51,6 +51,8 @@ class Single:
     limit: str
     met: bool | None
     data: dict[str, Any]
+    least: bool = False
+    """The limit is the least that is wanted, not the most."""
 
 
 def _amount(value: float) -> str:
@@ -97,7 +99,8 @@ def table(rows: Sequence[Row], singles: Sequence[Single], servers: Sequence[str]
             ]
             lines.append(f"    {row.case.name:12} {', '.join(costs)}")
     for single in singles:
-        verdict = "" if single.met is None else f" (at most {single.limit}: {'met' if single.met else 'MISSED'})"
+        bound = "at least" if single.least else "at most"
+        verdict = "" if single.met is None else f" ({bound} {single.limit}: {'met' if single.met else 'MISSED'})"
         lines.append(f"{single.name}: {single.text}{verdict}")
     return "\n".join(lines)
 
@@ -132,7 +135,12 @@ def as_json(rows: Sequence[Row], singles: Sequence[Single], ours: str, about: di
             for row in rows
         },
         "singles": {
-            single.name: {"text": single.text, "at_most": single.limit, "met": single.met, **single.data}
+            single.name: {
+                "text": single.text,
+                "at_least" if single.least else "at_most": single.limit,
+                "met": single.met,
+                **single.data,
+            }
             for single in singles
         },
     }

@@ -4,6 +4,7 @@
 Each test takes the place alone, so that tests/objstore/backend/test_contract.py can also run them over broken backends.
 """
 
+import itertools
 import random
 import sys
 import threading
@@ -102,6 +103,9 @@ def race(count: int, action: Callable[[int], None]) -> list[BaseException]:
     finally:
         sys.setswitchinterval(interval)
     return raised
+
+
+WAYS_TO_WRITE = ("write", "write_soon", "write_around")
 
 
 class BackendContract:
@@ -326,6 +330,19 @@ class BackendContract:
             assert call(7, parts) == 50000
             assert data == b"".join(pieces) * 2
         handle.close()
+
+    @pytest.mark.parametrize("way", WAYS_TO_WRITE)
+    def test_every_way_of_writing_is_read_back(self, place: Place, way: str) -> None:
+        content = random.Random(3).randbytes(SIZE)
+        handle = place.open().create("log/a", SIZE)
+        write = getattr(handle, way)
+        edges = [0, 4 * KIB, 12 * KIB, 12 * KIB + 1, 20 * KIB - 7, 20 * KIB, SIZE]
+        for low, high in itertools.pairwise(edges):
+            write(low, views(content[low:high]))
+        found = bytearray(SIZE)
+        assert handle.read(0, [memoryview(found)]) == SIZE
+        assert found == content
+        assert place.open().get("log/a") == content
 
     def test_write_past_the_size_is_refused(self, place: Place) -> None:
         backend = place.open()
@@ -785,13 +802,14 @@ class FaultContract:
 
         self._cut_everywhere(place, lambda backend, folder: None, act, check)
 
-    def test_synced_writes_are_durable(self, place: FaultyPlace) -> None:
+    @pytest.mark.parametrize("way", WAYS_TO_WRITE)
+    def test_synced_writes_are_durable(self, place: FaultyPlace, way: str) -> None:
         for seed in range(SEEDS):
             rng = random.Random(seed)
             content = rng.randbytes(SIZE)
             handle = place.open().create(f"log/{seed}", SIZE)
             for at in range(0, SIZE, 8 * KIB):
-                handle.write(at, views(content[at : at + 8 * KIB]))
+                getattr(handle, way)(at, views(content[at : at + 8 * KIB]))
             handle.sync()
             place.cut_power(rng)
             assert place.open().get(f"log/{seed}") == content

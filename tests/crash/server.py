@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from nbdserver.control_api import Status
+from nbdserver.control_client import ControlClient
+from objstore.check.check import check_store, zones_of
+from objstore.check.report import Report, Severity
+from objstore.check.zones import all_locked
+from objstore.errors import NotFound
+
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 OPEN_SECONDS_MAX: Final = 60.0
 LOG_TAIL_BYTES: Final = 4000
@@ -23,13 +30,19 @@ class RealServer:
     directory: for sockets and the log; must be short.
     """
 
-    def __init__(self, directory: Path, zones: Sequence[Path], vdis: Sequence[str]) -> None:
+    def __init__(
+        self, directory: Path, zones: Sequence[Path], vdis: Sequence[str], *, config: Path | None = None
+    ) -> None:
         self.address = f"unix://{directory / 'nbd'}"
         self._vdi_count = len(vdis)
+        self._zones = zones
         self._log = directory / "server.log"
         self._process: asyncio.subprocess.Process | None = None
         self._command = [sys.executable, "-m", "nbdserver", "serve", "--listen", self.address]
-        self._command += ["--control", str(directory / "ctl")]
+        self._control = directory / "ctl"
+        self._command += ["--control", str(self._control)]
+        if config is not None:
+            self._command += ["--config", str(config)]
         for zone in zones:
             self._command += ["--zone", str(zone)]
         for vdi in vdis:
@@ -78,11 +91,38 @@ class RealServer:
             code = await self.ended()
         assert code == 0, f"exit code {code}: {self.last_words()}"
 
+    async def status(self) -> Status:
+        """What it says about itself."""
+
+        def ask() -> Status:
+            with contextlib.closing(ControlClient(self._control)) as client:
+                return client.status()
+
+        return await asyncio.to_thread(ask)
+
     async def close(self) -> None:
         """End it if it runs. Idempotent."""
         if self._process is not None:
             self.kill()
             await self.ended()
+
+    async def check_zones(self, *, degraded: bool = False) -> None:
+        """The offline check finds nothing wrong with what the last process left; a store that never was is none.
+
+        degraded: a zone failed, so that copies may be missing there or bad; no data may.
+        """
+        report = await asyncio.to_thread(self._check)
+        allowed = {Severity.NOTE, Severity.FAULT} if degraded else {Severity.NOTE}
+        found = [str(finding) for finding in report.findings if finding.severity not in allowed] if report else []
+        assert not found, "the check finds: " + "; ".join(found[:10])
+
+    def _check(self) -> Report | None:
+        zones = zones_of(self._zones)
+        try:
+            with all_locked(zones, exclusive=False):
+                return check_store(zones)
+        except NotFound:
+            return None
 
     def last_words(self) -> str:
         return self._log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")

@@ -99,6 +99,7 @@ async def test_nothing_flushed_is_lost_by_kills(server: RealServer, tmp_path: Pa
     await run(*fio(server, "fio", *FIO_PATTERN, "--do_verify=0", "--end_fsync=1"))
     for _ in range(KILLS_PER_SEED):
         await kill_under_load(server, oracle, rng, image)
+        await server.check_zones()
         await server.start()
         await check_image(server.address, "oracle", oracle)
     await run(*fio(server, "fio", *FIO_PATTERN, "--verify_only"))
@@ -106,3 +107,4 @@ async def test_nothing_flushed_is_lost_by_kills(server: RealServer, tmp_path: Pa
     await run("nbdcopy", server.uri("copy"), str(copied))
     assert copied.read_bytes() == image.read_bytes(), "a flushed nbdcopy changed under kills"
     await server.stop()
+    await server.check_zones()

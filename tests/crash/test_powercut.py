@@ -94,11 +94,13 @@ async def test_nothing_flushed_is_lost_by_power_cuts(disk: PowerCutDisk, seed: i
             cuts_under_load = lost = 0
             while cuts_under_load < CUTS_UNDER_LOAD_PER_SEED:
                 under_load, report = await live_until_cut(server, disk, oracle, rng)
+                await server.check_zones()
                 cuts_under_load += under_load
                 lost += report["pages_lost"] + report["names_lost"] + report["pages_torn"]
             await server.start()
             await check_image(server.address, "disk", oracle)
             await server.stop()
+            await server.check_zones()
         finally:
             await server.close()
     assert lost > 0, "no cut found anything unsynced: this tested nothing"

@@ -18,6 +18,7 @@ from objstore.format.catalog import (
     PurgedEntry,
     Snapshot,
     StopEntry,
+    TailRow,
     VdiEntry,
     encode_entry,
     encode_snapshot,
@@ -33,7 +34,7 @@ from objstore.format.checkpoint import (
     encode_footer,
     encode_frame,
 )
-from objstore.format.document import CatalogHead, Epoch, Member, Superblock, encode_document
+from objstore.format.document import CatalogHead, Epoch, Known, Member, Outside, Superblock, encode_document
 from objstore.format.record import Flag, Kind, encode_header, word
 from objstore.format.segment import DirectoryBuilder, SegmentHeader, encode_segment_header
 from objstore.log.address import RESERVED, pack
@@ -71,24 +72,41 @@ SEGMENTS = [(40, 80, 0x11111111, 424, 3, 4, LIVE), (41, 2112, 0x22222222, 1024, 
 VDI = VdiEntry(
     vdi_id=2, name="größe", log=LOG, size_bytes=1 << 40, copies=2, mode="writeback", created=1.5, prealloc=True
 )
-HEAD = HeadEntry(log=LOG, generation=GENERATION, tail=[40, 41], first_number=42, checkpoint=9, clean=False)
+HEAD = HeadEntry(
+    log=LOG,
+    generation=GENERATION,
+    tail=[TailRow(40, 0x11111111, 4), TailRow(41, 0x22222222, 5)],
+    first_number=42,
+    checkpoint=9,
+    clean=False,
+    epoch=bytes(range(16)).hex(),
+    copies=2,
+)
 ENTRIES: list[Entry] = [VDI, HEAD, DeleteEntry(vdi_id=2), PurgedEntry(log=LOG), StopEntry(wall=2.5)]
 SNAPSHOT = Snapshot(next_log=4, next_vdi=3, vdis=[VDI], heads=[HEAD], garbage=[1, 2], clean=False)
 SUPERBLOCK = Superblock(
     store=STORE_ID.hex(),
     zone=ZONES[0].hex(),
     number=0,
-    members=[Member(0, ZONES[0].hex(), "/srv/a"), Member(1, ZONES[1].hex(), "/srv/b")],
+    members=[Known(0, ZONES[0].hex(), "/srv/a"), Known(1, ZONES[1].hex(), "/srv/b")],
     created=1.5,
+    features_read=["membership"],
 )
 EPOCH = Epoch(
     number=7,
     id=bytes(range(16)).hex(),
     parent="0" * 32,
-    members=[0, 1],
-    w=2,
+    members=[
+        Member(number=0, id=ZONES[0].hex(), path="/srv/a"),
+        Member(number=1, id=ZONES[1].hex(), path="/srv/b", weight=2.5, state="draining"),
+    ],
+    out=[Outside(number=2, id="c3" * 16, path="/srv/c", weight=1.0, state="in", since=6, reason="I/O error")],
+    w=1,
     wall=2.5,
+    start=True,
+    complete=True,
     catalog=CatalogHead(snapshot=6, generation=5, first_number=12, position=34, previous_crc=0xCAFEF00D),
+    next_zone=3,
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objstore.format.catalog import HeadEntry, VdiEntry, decode_entry, encode_entry
+from objstore.format.catalog import HeadEntry, TailRow, VdiEntry, decode_entry, encode_entry
 from objstore.format.checkpoint import (
     CheckpointHeader,
     Footer,
@@ -200,7 +200,10 @@ def test_entries(name: str, numbers: list[int], size: int, created: float) -> No
     vdi = VdiEntry(
         vdi_id=1, name=name, log=2, size_bytes=size, copies=3, mode="unsafe", created=created, prealloc=False
     )
-    head = HeadEntry(log=2, generation=size, tail=numbers, first_number=3, checkpoint=4, clean=True)
+    rows = [TailRow(number, number ^ 0xFFFF, size) for number in numbers]
+    head = HeadEntry(
+        log=2, generation=size, tail=rows, first_number=3, checkpoint=4, clean=True, epoch="0" * 32, copies=3
+    )
     for entry in (vdi, head):
         data, length = encode_entry(entry)
         assert len(data) % BLOCK_BYTES == 0

@@ -1,24 +1,47 @@
 """A store for tests of the control side: VDIs in a dictionary, every promise of ControlledStore, no zones."""
 
+import msgspec
+
 from objstore.errors import Busy, Exists, InvalidRequest, NoSpace, NotFound
 from objstore.names import check_name
 from objstore.units import GIB, TIB
 from objstore.volume.settings import MODES
-from objstore.volume.status import StoreStatus, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    DamagedRange,
+    RecoveryStatus,
+    ScrubStatus,
+    StoreStatus,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 
 CAPACITY_BYTES = TIB
 """A preallocation of more than this meets NoSpace."""
 
 
 class FakeStore:
-    """attached: names that `delete_vdi` finds in use."""
+    """attached: names that `delete_vdi` finds in use. scrubs: how often one was asked for."""
 
     def __init__(self) -> None:
         self._vdis: dict[str, VdiStatus] = {}
         self.attached: set[str] = set()
+        self.scrubs = 0
+        self.rate = 0
+        self.changes: list[tuple[str, str, str | None, float | None, bool]] = []
 
     async def status(self) -> StoreStatus:
-        zone = ZoneStatus(id="0f" * 16, path="/srv/a", state="in", reason="", used_bytes=GIB, free_bytes=TIB, epoch=1)
+        zone = ZoneStatus(
+            number=0,
+            id="0f" * 16,
+            path="/srv/a",
+            state="in",
+            reason="",
+            weight=1.0,
+            used_bytes=GIB,
+            free_bytes=TIB,
+            epoch=1,
+        )
         return StoreStatus(
             store_id="ab" * 16,
             format_version=1,
@@ -29,10 +52,68 @@ class FakeStore:
             vdis=len(self._vdis),
             dirty_bytes=0,
             dirty_bytes_max=64 << 20,
+            map_bytes=3 << 20,
+            map_bytes_max=64 << 20,
+            map_waiting=2,
             unclean_stop=None,
             started=1_700_000_000.0,
             version="test",
+            scrub=self._scrub(),
+            recovery=self._recovery(),
         )
+
+    def _recovery(self) -> RecoveryStatus:
+        return RecoveryStatus(
+            running=True,
+            copies_missing=3,
+            objects_unreachable=0,
+            bytes_done=GIB,
+            bytes_total=2 * GIB,
+            seconds_left=9.0,
+            bytes_per_second_max=self.rate,
+            copies_made=4,
+            problems=[],
+        )
+
+    def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus:
+        if bytes_per_second < 0:
+            raise InvalidRequest(f"no rate: {bytes_per_second}")
+        self.rate = bytes_per_second
+        return self._recovery()
+
+    async def set_copies(self, name: str, copies: int) -> VdiStatus:
+        self._vdis[name] = msgspec.structs.replace(self.vdi(name), copies=copies)
+        return self._vdis[name]
+
+    async def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> None:
+        self.changes.append((action, zone, path, weight, force))
+
+    def _scrub(self) -> ScrubStatus:
+        return ScrubStatus(
+            running=self.scrubs > 0,
+            on_demand=self.scrubs > 0,
+            bytes_done=GIB,
+            bytes_total=2 * GIB,
+            seconds_left=7.0,
+            started=1_700_000_000.0,
+            finished=None,
+            copies_checked=12,
+            copies_bad=2,
+            copies_repaired=1,
+            copies_unrepaired=1,
+            read_repairs=0,
+            skipped=[],
+        )
+
+    async def start_scrub(self) -> ScrubStatus:
+        self.scrubs += 1
+        return self._scrub()
+
+    async def damage(self, name: str) -> VdiDamage:
+        self.vdi(name)
+        return VdiDamage(name=name, ranges=[DamagedRange(offset_bytes=4096, length_bytes=8192)], complete=True)
 
     def vdis(self) -> list[VdiStatus]:
         return [self._vdis[name] for name in sorted(self._vdis)]

@@ -93,6 +93,31 @@ async def test_status_joins_server_and_store(path: Path, store: FakeStore) -> No
 
 
 @pytest.mark.usefixtures("server")
+async def test_scrub_and_damage(path: Path, store: FakeStore) -> None:
+    assert not (await ask(path, lambda c: c.scrub_status())).running
+    assert (await ask(path, lambda c: c.start_scrub())).running
+    assert store.scrubs == 1
+    assert (await ask(path, lambda c: c.scrub_status())) == (await store.status()).scrub
+    await store.create_vdi("a b", 1)
+    assert await ask(path, lambda c: c.damage("a b")) == await store.damage("a b")
+    with pytest.raises(errors.NotFound, match="vdi=b"):
+        await ask(path, lambda c: c.damage("b"))
+
+
+@pytest.mark.usefixtures("server")
+async def test_recovery_copies_and_zones(path: Path, store: FakeStore) -> None:
+    assert (await ask(path, lambda c: c.recovery_status())) == (await store.status()).recovery
+    assert (await ask(path, lambda c: c.set_recovery_rate(5 << 20))).bytes_per_second_max == 5 << 20
+    with pytest.raises(errors.InvalidRequest, match="no rate: -1"):
+        await ask(path, lambda c: c.set_recovery_rate(-1))
+    await store.create_vdi("a", 1)
+    assert (await ask(path, lambda c: c.set_copies("a", 2))).copies == 2
+    zones = await ask(path, lambda c: c.change_zones("replace", "/a", path="/b", weight=2.5, force=True))
+    assert zones == (await store.status()).zones
+    assert store.changes == [("replace", "/a", "/b", 2.5, True)]
+
+
+@pytest.mark.usefixtures("server")
 async def test_the_stores_errors_come_out_of_the_client_with_their_message(path: Path, store: FakeStore) -> None:
     await ask(path, lambda c: c.create_vdi("a", 1, copies=None, mode="writeback", prealloc=False))
     store.attached.add("a")

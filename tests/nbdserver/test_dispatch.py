@@ -1,6 +1,7 @@
 """Requests against a volume that behaves or does not: replies in every style, the table of errors, bounds."""
 
 import asyncio
+import logging
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import pytest
 from nbdserver import dispatch as subject
 from nbdserver.buffers import Buffer, BufferPool
 from nbdserver.chunks import SPARSE_BYTES_MIN
+from nbdserver.complaints import Complaints
 from nbdserver.dispatch import (
     BATCH_READ_BYTES_MAX,
     DAMAGED_RANGES_MAX,
@@ -581,4 +583,5 @@ async def test_a_mixed_batch_answers_every_request_once() -> None:
 async def test_opening(expected_warnings: ExpectedWarnings) -> None:
     source = MemorySource({})
     expected_warnings.allow("can't be opened")
-    assert await open_volume(source, "x") == (OptionReply.ERR_UNKNOWN, "no such volume name=x")
+    complain = Complaints(logging.getLogger())
+    assert await open_volume(source, "x", complain) == (OptionReply.ERR_UNKNOWN, "no such volume name=x")

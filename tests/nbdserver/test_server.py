@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from objstore.errors import Unavailable
 from objstore.units import KIB, MIB
 from objstore.volume.memory import MemorySource, MemoryVolume
 from tests.conftest import ExpectedWarnings
-from tests.nbdserver.volumes import TestVolume
+from tests.nbdserver.volumes import TestVolume, until
 from tests.support.nbd_client import NbdClient, attached, connected
 from tests.support.nbd_spec import Command, Err
 from tests.support.our_server import serve_volume
@@ -56,13 +55,6 @@ def test_listener(text: str, shown: str, uri: str) -> None:
 def test_bad_listener(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         Listener.parse(text)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds; the loop runs meanwhile."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.002)
 
 
 def only_connection(server: Server) -> Connection:

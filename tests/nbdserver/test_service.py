@@ -23,6 +23,7 @@ from nbdserver.service import ServePlan, exposed, places
 from objstore.errors import Busy, InvalidRequest
 from objstore.units import MIB
 from objstore.volume.settings import StoreSettings
+from tests.conftest import ExpectedWarnings
 from tests.support.nbd_client import attached, connected
 
 BLOCK = bytes(range(256)) * 16
@@ -152,13 +153,52 @@ async def test_after_kill_the_next_server_takes_the_place(
             await client.flush()
         assert server.stop(signal.SIGKILL) == (-signal.SIGKILL, "")
     assert (tmp_path / "nbd.sock").exists()
-    status = await asyncio.to_thread(sheepfold, capsys, "status", "--zone", zones[0])
-    assert "may be lost" in status["store"]["unclean_stop"]
+    before = {path: path.read_bytes() for path in Path(zones[0]).rglob("*") if path.is_file() and path.name != "lock"}
+    for _ in range(2):
+        status = await asyncio.to_thread(sheepfold, capsys, "status", "--zone", zones[0])
+        assert "may be lost" in status["store"]["unclean_stop"], "looking at it does not make it forgotten"
+        assert await asyncio.to_thread(sheepfold, capsys, "vdi", "info", "disk", "--zone", zones[0])
+    after = {path: path.read_bytes() for path in Path(zones[0]).rglob("*") if path.is_file() and path.name != "lock"}
+    assert after == before
     with serving(tmp_path, zones) as server:
         server.exports(1)
         async with attached(server.address, "disk") as client:
             assert await client.read(0, 4096) == BLOCK
         assert server.stop() == (0, "")
+
+
+async def test_missing_zones_are_named_and_force_does_without_them(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:64M", "--copies", "3") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            await client.write(0, BLOCK)
+            await client.flush()
+        assert server.stop(signal.SIGKILL) == (-signal.SIGKILL, "")
+    away = [Path(zone) for zone in zones[1:]]
+    for zone in away:
+        zone.rename(f"{zone}.away")
+    code, line = await asyncio.to_thread(fails, capsys, "status", "--zone", zones[0])
+    assert code == 7
+    assert zones[1] in line
+    assert zones[2] in line
+    assert "--force" in line
+    with serving(tmp_path, zones[:1], "--force") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            assert await client.read(0, 4096) == BLOCK
+        code, complaints = server.stop()
+        assert code == 0
+        assert "may be on zones that are missing" in complaints
+        assert zones[2] in complaints
+    for zone in away:
+        Path(f"{zone}.away").rename(zone)
+    with serving(tmp_path, zones[:1]) as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            assert await client.read(0, 4096) == BLOCK
+        server.stop()
 
 
 async def test_a_stop_with_a_client_attached_closes_its_connection_in_order(tmp_path: Path, zones: list[str]) -> None:
@@ -253,6 +293,12 @@ def test_commands_for_people(tmp_path: Path, zones: list[str], capsys: pytest.Ca
             (["vdi", "info", "disk"], ["1M (1048576 bytes)", "closed"]),
             (["vdi", "create", "x", "1.5K"], ["1.5K (1536 bytes)"]),
             (["vdi", "delete", "x"], ["deleted x"]),
+            (["vdi", "damage", "disk"], ["no damage of disk is known"]),
+            (["scrub", "--follow"], ["copies checked, 0 bad, 0 replaced"]),
+            (["scrub"], ["0 bad"]),
+            (["zone", "list"], ["WEIGHT", "in", zones[1]]),
+            (["zone", "set-weight", "2", "7.5"], ["7.5"]),
+            (["recovery"], ["copies"]),
         ):
             assert main([*arguments, "--zone", zones[0]]) == 0
             shown = capsys.readouterr().out
@@ -264,6 +310,12 @@ def test_commands_for_people(tmp_path: Path, zones: list[str], capsys: pytest.Ca
     [
         (("vdi", "info", "nope"), 3, "'nope'"),
         (("vdi", "delete", "nope"), 3, "'nope'"),
+        (("vdi", "damage", "nope"), 3, "'nope'"),
+        (("vdi", "set-copies", "disk", "9"), 2, "9"),
+        (("zone", "drain", "nowhere"), 3, "'nowhere'"),
+        (("zone", "remove", "0"), 2, "drain it first"),
+        (("zone", "set-weight", "0", "-1"), 2, "-1"),
+        (("recovery", "--rate", "5"), 2, "5 bytes a second"),
         (("vdi", "create", "disk", "1M"), 4, "'disk'"),
         (("vdi", "create", "x", "1M", "--copies", "9"), 2, "9"),
         (("vdi", "create", "x", "8192T", "--prealloc"), 6, "8192T"),
@@ -291,6 +343,80 @@ def test_the_same_error_with_and_without_a_server(
 def without_free_space(line: str) -> str:
     """The line without the one thing in it that other processes change."""
     return re.sub(r"[\d.]+[KMGT] free", "free", line)
+
+
+def flip(zone: str, *, bit: int = 4) -> str:
+    """Turn over one bit of the first data block in the newest sealed segment of the first VDI; its name."""
+    for path in sorted(Path(zone, "log", "000001").iterdir(), reverse=True):
+        data = bytearray(path.read_bytes())
+        if data[-128:-120] == b"SHEEPDIR":
+            data[8192 + 100] ^= bit
+            path.write_bytes(data)
+            return path.name
+    raise AssertionError("nothing is sealed")
+
+
+async def test_scrub_replaces_what_rotted_and_names_what_is_lost(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str], expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings.allow("a copy is bad, replaced")
+    with serving(tmp_path, zones, "--vdi", "disk:1M") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            await client.write(8192, BLOCK)
+            await client.flush()
+        assert server.stop() == (0, "")
+    with serving(tmp_path, zones) as server:
+        server.exports(1)
+        name = flip(zones[1])
+        whole = Path(zones[0], "log", "000001", name).read_bytes()
+        found = await asyncio.to_thread(sheepfold, capsys, "scrub", "--follow", "--zone", zones[0])
+        assert (found["copies_bad"], found["copies_repaired"], found["running"]) == (1, 1, False)
+        assert Path(zones[1], "log", "000001", name).read_bytes() == whole
+        for zone in zones:
+            flip(zone)
+        assert await asyncio.to_thread(main, ["scrub", "--follow", "--zone", zones[0]]) == 8
+        assert "3 bad copies could not be replaced" in capsys.readouterr().err
+        damage = await asyncio.to_thread(sheepfold, capsys, "vdi", "damage", "disk", "--zone", zones[0])
+        assert damage["ranges"] == [{"offset_bytes": 8192, "length_bytes": 4096}]
+        status = await asyncio.to_thread(sheepfold, capsys, "status", "--zone", zones[0])
+        assert status["store"]["health"] == "degraded"
+        server.stop()
+    flip(zones[2])
+    offline = await asyncio.to_thread(sheepfold, capsys, "scrub", "--zone", zones[0])
+    assert (offline["copies_bad"], offline["copies_repaired"], offline["running"]) == (2, 2, False)
+
+
+async def test_a_zone_is_replaced_while_a_client_writes(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fourth = str(tmp_path / "d")
+    Path(fourth).mkdir()
+    with serving(tmp_path, zones, "--vdi", "disk:16M") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            for block in range(0, 256, 2):
+                await client.write(block * 4096, BLOCK)
+            await client.flush()
+            replaced = await asyncio.to_thread(sheepfold, capsys, "zone", "replace", "1", fourth, "--zone", zones[0])
+            assert [zone["state"] for zone in replaced] == ["in", "draining", "in", "in"]
+            for block in range(1, 256, 2):
+                await client.write(block * 4096, BLOCK)
+            await client.flush()
+            done = await asyncio.to_thread(sheepfold, capsys, "recovery", "--follow", "--zone", zones[0])
+            assert (done["copies_missing"], done["problems"]) == (0, [])
+            assert done["copies_made"] > 0
+            slowed = await asyncio.to_thread(sheepfold, capsys, "recovery", "--rate", "5M", "--zone", zones[0])
+            assert slowed["bytes_per_second_max"] == 5 * MIB
+            fewer = await asyncio.to_thread(sheepfold, capsys, "vdi", "set-copies", "disk", "2", "--zone", zones[0])
+            assert fewer["copies"] == 2
+            shown = await asyncio.to_thread(sheepfold, capsys, "zone", "list", "--zone", zones[2])
+            assert {zone["path"] for zone in shown} >= {zones[0], zones[2], fourth}
+        assert server.stop() == (0, "")
+    with serving(tmp_path, [zones[0], zones[2], fourth]) as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            assert await client.read(0, 1 << 20) == BLOCK * 256
 
 
 @pytest.mark.parametrize("place", ["missing", "empty", "foreign"])

@@ -103,3 +103,10 @@ class TestVolume(MemoryVolume):
             for at, size in self.bad
             if at < end and at + size > offset
         ]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds; the loop runs meanwhile."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.002)

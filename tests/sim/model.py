@@ -79,7 +79,6 @@ class DiskModel:
         self.durable = 0
         self.allowed: int | None = None
         self.write_back = mode in ("writeback-always", "unsafe")
-        self.ever_touched: set[int] = set()
 
     @property
     def blocks(self) -> int:
@@ -100,7 +99,6 @@ class DiskModel:
         request.changes = self._effect(request)
         for block, state in request.changes.items():
             self.versions.setdefault(block, []).append((request.number, state))
-        self.ever_touched.update(request.changes)
 
     def _effect(self, request: Request) -> dict[int, State]:
         changes: dict[int, State] = {}
@@ -218,6 +216,8 @@ class DiskModel:
         """After a crash: the store shows this block. Rules out cuts; Violation when none is left."""
         assert self.allowed is not None
         shown = (kind, content)
+        if block not in self.versions and self.base.get(block, EMPTY) == shown:
+            return  # as in every cut
         possible = 0
         top = len(self.history) + 1
         high = top

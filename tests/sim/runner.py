@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import sys
 import traceback
@@ -10,10 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TextIO
 
-from tests.sim.scenario import FAILING_SHARE, run_seed
+from tests.sim.knobs import DEFAULT, Knobs
+from tests.sim.scenario import run_seed
 from tests.sim.world import CRASH_CALLS, PHASES
+from tests.sim.zone_faults import KINDS
 
 FAULTS: Final = (
+    "bad-copy-read",
     "checkpoint-rotten",
     "crash-kill",
     "crash-power",
@@ -21,10 +25,18 @@ FAULTS: Final = (
     "eio-fdatasync",
     "eio-fsync",
     "eio-pwritev",
+    "flip-catalog",
+    "flip-checkpoint",
+    "flip-epoch",
+    "flip-log",
     "nospace-open",
     "nospace-recovery",
     "nospace-write",
+    "slow-reads",
     "stopping",
+    *(f"zone-{kind}" for kind in KINDS),
+    "zone-hang-ended",
+    "zone-refused",
 )
 SEEDS_FOR_ALL: Final = 500
 """From so many seeds on every phase, every system call and every fault must have been met."""
@@ -89,10 +101,10 @@ def command(seed: int) -> str:
     return f"python -m tests.sim --start {seed} --seeds 1 --trace"
 
 
-def run_one(seed: int, *, trace: Callable[[str], None] | None = None, failing_share: float = FAILING_SHARE) -> Result:
+def run_one(seed: int, *, trace: Callable[[str], None] | None = None, knobs: Knobs = DEFAULT) -> Result:
     """One seed in this process; never raises what the seed found."""
     try:
-        outcome = run_seed(seed, trace=trace, failing_share=failing_share)
+        outcome = run_seed(seed, trace=trace, knobs=knobs)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a seed raises is its finding
@@ -102,17 +114,23 @@ def run_one(seed: int, *, trace: Callable[[str], None] | None = None, failing_sh
     return Result(seed, outcome.digest, outcome.crashes, outcome.faults, "")
 
 
-def run_many(seeds: Iterable[int], jobs: int, *, progress: Callable[[Totals], None] | None = None) -> Totals:
+def run_many(
+    seeds: Iterable[int],
+    jobs: int,
+    *,
+    knobs: Knobs = DEFAULT,
+    progress: Callable[[Totals], None] | None = None,
+) -> Totals:
     """All seeds, `jobs` at a time."""
     totals = Totals()
     if jobs <= 1:
         for seed in seeds:
-            totals.add(run_one(seed))
+            totals.add(run_one(seed, knobs=knobs))
             if progress is not None:
                 progress(totals)
         return totals
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for result in pool.imap_unordered(run_one, seeds, chunksize=4):
+        for result in pool.imap_unordered(functools.partial(run_one, knobs=knobs), seeds, chunksize=4):
             totals.add(result)
             if progress is not None:
                 progress(totals)

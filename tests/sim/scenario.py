@@ -8,6 +8,7 @@ clean stop (which a crash may hit too). The last life checks that nothing is lef
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import math
@@ -16,12 +17,15 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import objstore.log.blockmap
 import objstore.log.collect
 import objstore.log.disk
 import objstore.log.env
 import objstore.log.keeper
 import objstore.log.lane
+import objstore.log.mapmemory
 from objstore.backend.directory import DirectoryBackend
+from objstore.check.report import Severity
 from objstore.errors import Busy, InvalidRequest, NoSpace, NotFound, NotSupported, Stopping, Unavailable
 from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
 from objstore.log.collect import Collector
@@ -31,14 +35,19 @@ from objstore.units import KIB, MIB
 from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.store import Store, open_zones
 from objstore.volume.vdi import Vdi
+from tests.sim.knobs import DEFAULT, Knobs
 from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Request, Violation, stamped
 from tests.sim.world import CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
+from tests.sim.zone_faults import ZoneFaults
+from tests.support.check_zones import check_files
 from tests.support.sim_loop import SimClock, SimLoop, SimStopped
 
 OPERATIONS: Final = 300
 CRASHES: Final = 3
 LIVES_MAX: Final = 60
-FAILING_SHARE: Final = 0.1
+READS_GONE_WRONG: Final = ("read failed", "directory unreadable", "checksum wrong")
+"""Warnings that must not come while every zone is well: the store would go on with another copy."""
+PUT_OUT: Final = " failed and is put out"
 READ_BYTES_MAX: Final = MIB
 CALLS_EXPECTED: Final = {
     "open": 150,
@@ -68,10 +77,10 @@ class Outcome:
 class Scenario:
     """A seed at work."""
 
-    def __init__(self, world: World, failing_share: float) -> None:
+    def __init__(self, world: World, knobs: Knobs, seed: int) -> None:
         self.world = world
         self.rng = rng = world.rng
-        self.failing_share = failing_share
+        self.knobs = knobs
         self.now = 0.0
         self.operations = 0
         self.crashes = 0
@@ -81,20 +90,30 @@ class Scenario:
         self.windows: dict[str, list[int]] = {}
         self.logs: dict[str, int] = {}
         self.rotten: set[str] = set()
+        # Reading everything with the other reader takes as long as a short life.
+        chance = rng.random()
+        self.checks_all, self.checks_end = chance < 0.05, chance < 0.3
+        self.copies_max = 1 if random.Random(seed + 2).random() < knobs.seeds_one_copy else len(world.zones)
+        troubled = self.copies_max > 1 and random.Random(seed + 3).random() < knobs.seeds_zone_faults
+        self.trouble = ZoneFaults(world, seed, knobs.zone_kinds if troubled else ())
+        if troubled:
+            self.knobs = knobs = dataclasses.replace(knobs, eio=0.0, seeds_tight=0.0)
+        self.copies_min = 2 if troubled else 1
+        self.flipping_zone = self.trouble.zone
         self.after_kill = False
         self.names = 0
         self.request_number = 0
-        self.recycle = rng.choice((0, 0, 3, 12))
+        self.recycle = rng.choice((3, 12)) if rng.random() < knobs.seeds_recycled else 0
         self.settings = StoreSettings(dirty_bytes_max=MIB, dirty_age_seconds=rng.choice((0.05, 0.3, 2.0)))
         # Smaller than an administrator may set, so that few operations fill many segments and page the map.
         small = {
-            "segment_bytes": rng.choice((64, 128, 256)) * KIB,
+            "segment_bytes": rng.choice((64, 128, 256, 256)) * KIB,
             "dirty_bytes_max": rng.choice((128 * KIB, 512 * KIB, 2 * MIB)),
             "map_memory_bytes": rng.choice((1, 20 * KIB, 4 * MIB)),
         }
         for name, value in small.items():
             object.__setattr__(self.settings, name, value)
-        self.tight = rng.random() < 0.25
+        self.tight = rng.random() < knobs.seeds_tight
         for fs in world.zones:
             fs.nowait_miss = rng.choice((0.0, 0.1, 0.9))
             fs.takes_dsync = rng.random() < 0.8
@@ -102,11 +121,10 @@ class Scenario:
             fs.takes_fallocate = rng.random() < 0.9
             if self.tight:
                 fs.capacity_bytes = rng.choice((3, 6, 10)) * MIB
-        zones = len(world.zones)
         for index in range(rng.choice((2, 2, 3))):
             mode = rng.choice((*MODES, "writeback", "writeback-always"))
             size = rng.choice((3 * MIB, 9 * MIB + 512, 40 * MIB + 4095, 300 * MIB))
-            self._add_model(f"disk{index}", size, mode, rng.randrange(1, zones + 1))
+            self._add_model(f"disk{index}", size, mode, rng.randrange(self.copies_min, self.copies_max + 1))
 
     def _add_model(self, name: str, size_bytes: int, mode: str, copies: int) -> DiskModel:
         model = self.models[name] = DiskModel(name, size_bytes, mode, copies)
@@ -126,6 +144,8 @@ class Scenario:
             self._life(last=False)
         self._life(last=True, end="stop")
         self._life(last=True, end="stop")
+        if self.checks_end:
+            self._check_format()
         return Outcome(world)
 
     def _life(self, *, last: bool, end: str | None = None) -> None:
@@ -133,18 +153,29 @@ class Scenario:
         if end is None:
             end = "stop" if rng.random() < 0.2 else "crash"
         world.trigger = None if last or (end == "stop" and rng.random() < 0.7) else self._trigger()
-        mode = "kill" if rng.random() < 0.4 else "power"
-        if self.after_kill and not last and rng.random() < 0.4:
+        mode = "kill" if rng.random() < self.knobs.kills else "power"
+        if self.after_kill and not last and rng.random() < self.knobs.cut_after_kill:
             # What a killed process left in the page cache was taken for good; the power fails soon after.
             end, mode = "crash", "power"
             world.trigger = Trigger(
                 rng.choice(("verify", "serving", "serving", "collection")), "step", rng.randrange(300)
             )
+        self.trouble.before_life(last=last)
+        if self.trouble.power_fails:
+            mode = "power"
         slow = [rng.choice((30e-6, 300e-6, 3e-3)) for _ in world.zones]
         loop = world.start_process(slow, self.now)
-        if not last and rng.random() < self.failing_share:
+        assert world.executor is not None
+        if rng.random() < self.knobs.slow_reads:
+            world.executor.slow["read"] = rng.choice((0.2, 1.0, 4.0))
+            world.faults["slow-reads"] += 1
+        if rng.random() < self.knobs.slow_purges:
+            world.executor.slow["purge_log"] = 1.0
+            world.faults["slow-purges"] += 1
+        if not last and rng.random() < self.knobs.eio:
             call = rng.choice(FAILING_CALLS)
-            world.failing = Failing(rng.randrange(len(world.zones)), call, rng.randrange(1, 80), rng.random() < 0.5)
+            # What rots must have a good copy in service, so it is always the same zone that fails.
+            world.failing = Failing(self.flipping_zone, call, rng.randrange(1, 80), rng.random() < 0.5)
         world.note(f"LIFE end={end} trigger={world.trigger} failing={world.failing}")
         try:
             loop.run_until_complete(self._main(loop, end, last))
@@ -162,6 +193,8 @@ class Scenario:
             world.bury(mode)
             if rng.random() < 0.15:
                 self._rot()
+            if rng.random() < self.knobs.flips:
+                self._flip()
             if self.tight and rng.random() < 0.2:
                 # Somebody else's files take what room there was.
                 for fs in world.zones:
@@ -169,7 +202,33 @@ class Scenario:
             for model in self.models.values():
                 model.crashed()
         else:
-            world.end_process()
+            world.end_process(power=self.trouble.power_fails)
+        self.trouble.after_life()
+        if self.checks_all:
+            self._check_format()
+
+    def _check_format(self) -> None:
+        """Whatever a process leaves behind is clean to a reader that knows nothing but the format."""
+        try:
+            report = check_files(self.world.zones)
+        except NotFound:
+            if any(model.existence == "yes" for model in self.models.values()):
+                raise
+            return
+        flipped = any(fault.startswith("flip-") for fault in self.world.faults)
+        flips = f"/zone{self.flipping_zone}" if flipped else None
+        found = [f for f in report.findings if f.severity is not Severity.NOTE and f.name not in self.rotten]
+        spoiled = {f.name for f in found if f.zone == flips}
+        found = [f for f in found if f.severity is not Severity.FAULT or f.name not in spoiled]
+        if flipped:  # a copy that was found bad doesn't count any more, and is not yet replaced
+            found = [f for f in found if f.kind != "few-copies"]
+        met = {fault.partition("-")[0] for fault in self.world.faults}
+        if "eio" in met:  # the zone was put out, and is not yet given what it missed
+            found = [f for f in found if f.kind not in ("few-copies", "zone-out", "missing-copy")]
+        if "zone" in met:
+            found = [f for f in found if f.severity is Severity.DAMAGE]
+        if found:
+            raise Violation(f"the check finds {report.verdict}: " + "; ".join(map(str, found[:5])))
 
     def _rot(self) -> None:
         """The newest checkpoint of a VDI rots in every zone: the one before it must do."""
@@ -189,17 +248,41 @@ class Scenario:
         self.world.faults["checkpoint-rotten"] += 1
         self.world.note(f"ROTS {newest[1]}")
 
+    def _flip(self) -> None:
+        """A bit rots in one zone, always the same: of everything that has another copy a good one is left."""
+        rng, z = self.rng, self.flipping_zone
+        safe = {0} | {self.logs[name] for name, model in self.models.items() if model.copies > 1 and name in self.logs}
+        paths = [path for path in sorted(self.world.files(z)) if _log_of(path) in safe]
+        if not paths:
+            return
+        path = rng.choice(paths)
+        kind = path.partition("/")[0]
+        size = self.world.zones[z].size(f"/zone{z}/{path}")
+        if not size:
+            return
+        # Headers, seals and tables are a small part of most files.
+        at = rng.choice((rng.randrange(size), rng.randrange(min(size, 4096)), size - 1 - rng.randrange(min(size, 200))))
+        self.world.zones[z].damage(f"/zone{z}/{path}", at, 1 << rng.randrange(8))
+        self.world.zone_rots = True
+        self.world.faults[f"flip-{kind}"] += 1
+        self.world.note(f"FLIPS zone {z} {path} {at}")
+
+    async def _flip_later(self) -> None:
+        for _ in range(self.rng.randrange(1, 4)):
+            await asyncio.sleep(self.rng.random() * 0.3)
+            self._flip()
+
     def _trigger(self) -> Trigger:
         rng = self.rng
         chance = rng.random()
-        phase = rng.choice((*PHASES, "serving", "serving", "recovery"))
+        phase = self.knobs.crash_phase or rng.choice((*PHASES, "serving", "serving", "recovery"))
         if chance < 0.5:
             call, expected = None, CALLS_EXPECTED[phase]
         elif chance < 0.75:
             call, expected = "step", 2 * CALLS_EXPECTED[phase]
         else:
             call, expected = rng.choice(CRASH_CALLS), max(4, CALLS_EXPECTED[phase] // 8)
-            if rng.random() < 0.5:
+            if rng.random() < 0.5 and not self.knobs.crash_phase:
                 phase = ""
         count = int(math.exp(rng.random() * math.log(expected))) if rng.random() < 0.5 else rng.randrange(expected)
         return Trigger(phase or None, call, count + 1)
@@ -225,10 +308,11 @@ class Scenario:
             self.models[name].settle()
         if not last:
             world.phase = "serving"
-            await asyncio.gather(*self._clients(store))
-            if not world.zone_failed:
-                for name in sorted(self.models):
-                    await self._compare_all(self.models[name])
+            rots = [self._flip_later()] if self.rng.random() < self.knobs.flips else []
+            await asyncio.gather(*self._clients(store), *rots, self.trouble.while_serving())
+            for name in sorted(self.models):
+                if not world.zone_failed:
+                    await self._until_stopped(functools.partial(self._compare_all, self.models[name]))
         self._check_counters(store)
         if end == "crash":
             world.die("step")
@@ -255,9 +339,11 @@ class Scenario:
     async def _open_store(self, loop: SimLoop) -> Store:
         world = self.world
         while True:
+            missing = {f"/zone{self.trouble.zone}": "no such directory"} if self.trouble.absent else {}
             backends = [
                 (DirectoryBackend(f"/zone{z}", fs=fs, recycle_files_max=self.recycle), f"/zone{z}")
                 for z, fs in enumerate(world.zones)
+                if f"/zone{z}" not in missing
             ]
             try:
                 store = await open_zones(
@@ -267,12 +353,25 @@ class Scenario:
                     clock=SimClock(loop),
                     executor=world.executor,
                     rng=self.rng,
+                    missing=missing,
                 )
-            except NoSpace as error:
-                world.note(f"no space to open the store: {error}")
-                self._more_space("nospace-open")
+            except (NoSpace, Unavailable, InvalidRequest) as error:
+                world.note(f"the store can't be opened: {error}")
+                if isinstance(error, NoSpace):
+                    self._more_space("nospace-open")
+                elif self.trouble.behind:
+                    self.trouble.opening_refused(error)
+                else:
+                    raise
                 for backend, _ in backends:
                     backend.close()
+                world.new_executor(world.slow_seconds)
+                continue
+            if self.tight and len(store.env.in_service) < len(world.zones):
+                # No room for an epoch: the store goes on without that zone, which may have the only copy of a VDI.
+                self._more_space("nospace-epoch")
+                await store.shutdown()
+                world.new_executor(world.slow_seconds)
                 continue
             return store
 
@@ -401,7 +500,9 @@ class Scenario:
         """Tasks that use the store, started."""
         rng = self.rng
         clients = [name for name in sorted(self.models) for _ in range(rng.choice((1, 2, 3)))]
-        each = rng.randrange(30, 170) // len(clients) + 1
+        # Lives that only crashes are wanted of stay short.
+        left = max(OPERATIONS - self.operations, OPERATIONS // 10)
+        each = min(rng.randrange(30, 170), left * 2 // 3) // len(clients) + 1
         work: list[Callable[[], Coroutine[Any, Any, None]]] = []
         for name in clients:
             if name in self.open_models:
@@ -426,7 +527,7 @@ class Scenario:
             self.names += 1
             name = f"extra{self.names}"
             mode = rng.choice(MODES)
-            copies = rng.randrange(1, len(self.world.zones) + 1)
+            copies = rng.randrange(self.copies_min, self.copies_max + 1)
             model = self._add_model(name, rng.choice((MIB, 5 * MIB + 7)), mode, copies)
             await self._create(store, model)
             await self._open_disk(store, model)
@@ -470,7 +571,9 @@ class Scenario:
     # -- what must hold between operations ----------------------------------------------------------------------
 
     def _check_counters(self, store: Store) -> None:
-        if store.env.bad_copies:
+        if store.env.bad_copies and self.world.zone_rots:
+            self.world.faults["bad-copy-read"] += 1
+        elif store.env.bad_copies:
             raise Violation(f"{store.env.bad_copies} bad copies were read, though no zone lies")
         if store.env.dirty_bytes < 0:
             raise Violation(f"dirty_bytes is {store.env.dirty_bytes}")
@@ -479,14 +582,16 @@ class Scenario:
         """Wait for what runs in the background."""
         executor = self.world.executor
         assert executor is not None
-        while store._purging or executor.outstanding:  # noqa: ASYNC110 - time is free here
+        while store._purging or executor.busy:  # noqa: ASYNC110 - time is free here
             await asyncio.sleep(0.05)
 
     def _check_files(self, store: Store) -> None:
         """Nothing lies in the zones but what the open VDIs need."""
         for z in range(len(self.world.zones)):
+            if self.trouble.behind and z == self.trouble.zone:
+                continue  # what it still lacks or has too much is a matter of recovery
             found = {name for name in self.world.files(z) if not name.startswith(("epoch/", "catalog/", "spare/"))}
-            found -= {"superblock", "lock"}
+            found -= {"superblock", "lock", "scrub", "recovery"}
             found = {name for name in found if not name.startswith("log/000000/")}
             wanted: set[str] = set()
             needed: set[str] = set()
@@ -495,8 +600,11 @@ class Scenario:
                 dead = [segment for segment, _ in disk.dead.values()]
                 needed |= {segment_name(s.log, s.number) for s in disk.segments.values() if z in s.zones}
                 wanted |= {segment_name(s.log, s.number) for s in (*dead, *disk.writer._prepared) if z in s.zones}
-                if z in disk.checkpoint_zones(0):
-                    wanted |= {checkpoint_name(disk.log, number) for number in volume.keeper.sizes}
+                wanted |= {
+                    checkpoint_name(disk.log, number)
+                    for number in volume.keeper.sizes
+                    if z in disk.checkpoint_zones(number)
+                }
             missing = needed - found
             wanted |= needed
             if found - wanted or missing:
@@ -651,6 +759,14 @@ class Client:
             raise Violation(f"extents of {offset}+{length} end at {at}")
 
 
+def _log_of(path: str) -> int:
+    """Log of an object; 0 for what belongs to the whole store, -1 for what is no object or can't be without."""
+    kind, _, rest = path.partition("/")
+    if kind in ("log", "checkpoint"):
+        return int(rest.partition("/")[0], 16)
+    return 0 if kind in ("catalog", "epoch") else -1
+
+
 def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
     """Ascending blocks as (first, count) of neighbours, at most READ_BYTES_MAX each."""
     most = READ_BYTES_MAX // BLOCK_BYTES
@@ -667,7 +783,7 @@ def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
 
 
 class _Errors(logging.Handler):
-    """Log records of objstore: warnings into the trace; an error there is a violation, as nothing lies here."""
+    """Log records of objstore: warnings into the trace; an error there is a violation, as no zone lies here."""
 
     def __init__(self, world: World) -> None:
         super().__init__(logging.WARNING)
@@ -676,9 +792,15 @@ class _Errors(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.world.dead:
             return
-        self.world.note(f"{record.levelname}: {record.getMessage()}")
-        if record.levelno >= logging.ERROR and not self.world.zone_failed and self.world.loop is not None:
-            self.world.loop.failures.append({"message": f"logged: {record.getMessage()}"})
+        message = record.getMessage()
+        self.world.note(f"{record.levelname}: {message}")
+        bad = record.levelno >= logging.ERROR
+        if self.world.zone_rots:
+            bad = bad and PUT_OUT not in message
+        else:
+            bad = bad or message.startswith(READS_GONE_WRONG)
+        if bad and not self.world.zone_failed and self.world.loop is not None:
+            self.world.loop.failures.append({"message": f"logged: {message}"})
 
 
 @contextmanager
@@ -693,7 +815,12 @@ def instrumented(world: World, rng: random.Random) -> Iterator[None]:
         (objstore.log.lane, "JOB_BYTES_MAX", rng.choice((1, 1 << 17, 1 << 24))),
         (objstore.log.env, "READERS_MAX", rng.choice((2, 8, 4096))),
         (objstore.log.env, "CRC_SEGMENTS_MAX", rng.choice((0, 3, 4096))),
-        (objstore.log.disk, "EVICT_AT_ONCE", rng.choice((1, 64))),
+        (objstore.log.keeper, "EVICT_AT_ONCE", rng.choice((1, 64))),
+        (objstore.log.keeper, "PAGES_AT_ONCE", rng.choice((1, 3, 256))),
+        (objstore.log.mapmemory, "PINNED_BYTES_MIN", rng.choice((20, 256)) * KIB),
+        (objstore.log.blockmap, "FILL_TALLY_MAX", rng.choice((2, 64))),
+        (objstore.log.blockmap, "FILL_STEP", rng.choice((2, 4096))),
+        (objstore.log.disk, "FILL_AT_ONCE_BLOCKS", rng.choice((0, 4096 * 1024))),
     ]
     former = [(module, name, getattr(module, name)) for module, name, _ in limits]
     write, collect = Keeper._write, Collector._collect
@@ -729,12 +856,12 @@ def instrumented(world: World, rng: random.Random) -> Iterator[None]:
         log.propagate = propagate
 
 
-def run_seed(seed: int, *, trace: Callable[[str], None] | None = None, failing_share: float = FAILING_SHARE) -> Outcome:
-    """Run one seed; raises what it found. failing_share: of the lives, how many meet a zone that answers EIO."""
+def run_seed(seed: int, *, trace: Callable[[str], None] | None = None, knobs: Knobs = DEFAULT) -> Outcome:
+    """Run one seed; raises what it found."""
     zones = random.Random(seed).choice((2, 3, 3, 4))
     world = World(seed, zones, trace=trace)
     with instrumented(world, random.Random(seed + 1)):
-        return Scenario(world, failing_share).run()
+        return Scenario(world, knobs, seed).run()
 
 
 __all__ = ["Outcome", "run_seed"]

@@ -9,17 +9,11 @@ import sys
 
 import pytest
 
-from tests.sim.bugs import BUGS, deliberate
+from tests.sim.bugs import BUGS, Caught, look_for_all, report
 from tests.sim.runner import Result, command, run_many, run_one
-from tests.sim.scenario import FAILING_SHARE
 
 SEEDS_IN_CI = 2000
 SEEDS_HERE = 100
-BUG_SEEDS_MAX = 400
-RARE = {"free-despite-readers"}
-"""A file is written again under a reader only if it is whole, kept as a spare and taken at once."""
-RARE_SEEDS_MAX = 5000
-FAILING_SHARES = {"sync-error-forgotten": 0.7}
 
 
 @pytest.mark.slow
@@ -36,19 +30,26 @@ def test_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     assert not totals.never_met()
 
 
+@pytest.fixture(scope="module")
+def caught() -> dict[str, Caught]:
+    return look_for_all(BUGS, os.cpu_count() or 1)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
+def test_deliberate_bugs_are_reported(caught: dict[str, Caught], capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them are looked for here, in several processes."""
+    with capsys.disabled():
+        print()
+        report(caught)
+    assert caught.keys() == BUGS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("bug", BUGS)
-def test_deliberate_bug_is_caught(bug: str) -> None:
-    if bug in RARE and not os.environ.get("SIM_RARE"):
-        pytest.skip(f"{bug} shows in few seeds: SIM_RARE=1 looks for it in {RARE_SEEDS_MAX}")
-    share = FAILING_SHARES.get(bug, FAILING_SHARE)
-    with deliberate(bug):
-        for seed in range(RARE_SEEDS_MAX if bug in RARE else BUG_SEEDS_MAX):
-            result = run_one(seed, failing_share=share)
-            if result.failure:
-                return
-    pytest.fail(f"{BUG_SEEDS_MAX} seeds with {bug}, and none failed")
+def test_deliberate_bug_is_caught(bug: str, caught: dict[str, Caught]) -> None:
+    assert caught[bug].caught, f"{caught[bug].seeds} seeds with {bug}, and none failed"
 
 
 def _digest(seed: int, hash_seed: str) -> str:

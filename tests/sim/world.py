@@ -21,6 +21,7 @@ CRASH_CALLS: Final = (
     "close",
     "preadv",
     "pwritev",
+    "start_writeback",
     "fdatasync",
     "fsync",
     "posix_fallocate",
@@ -72,7 +73,10 @@ class World:
 
     def __init__(self, seed: int, zones: int, *, trace: Callable[[str], None] | None = None) -> None:
         self.rng = random.Random(seed)
-        self.zones = [FakeFileSystem(rng=random.Random(seed * 64 + z)) for z in range(zones)]
+        shared = seed % 3 == 0  # zones on one device sync in one thread
+        self.zones = [
+            FakeFileSystem(rng=random.Random(seed * 64 + z), device=1 if shared else 1 + z) for z in range(zones)
+        ]
         for z, fs in enumerate(self.zones):
             fs.make_folder(f"/zone{z}")
             fs.before_call = self._hook(z)
@@ -86,6 +90,8 @@ class World:
         self.dead = False
         self.failing: Failing | None = None
         self.zone_failed = False
+        self.failing_zone = -1
+        self.zone_rots = False
         self.loop: SimLoop | None = None
         self.executor: SimExecutor | None = None
         self.calls = 0
@@ -108,13 +114,22 @@ class World:
         self.dead = False
         self.failing = None
         self.zone_failed = False
+        self.failing_zone = -1
         self.active.clear()
         self.loop = SimLoop(now)
-        self.loop.on_step = self._step
-        self.executor = SimExecutor(self.loop, random.Random(self.rng.getrandbits(64)), slow_seconds)
-        if self.trace is not None:
-            self.executor.on_job = lambda zone, function: self.show(f"  zone {zone} runs {_name(function)}")
+        if self.trigger is not None and self.trigger.call == "step":
+            self.loop.on_step = self._step
+        self.new_executor(slow_seconds)
         return self.loop
+
+    def new_executor(self, slow_seconds: list[float]) -> SimExecutor:
+        """For another try to open the store: a failed one closes its executor."""
+        assert self.loop is not None
+        self.slow_seconds = slow_seconds
+        executor = self.executor = SimExecutor(self.loop, random.Random(self.rng.getrandbits(64)), slow_seconds)
+        if self.trace is not None:
+            executor.on_job = lambda zone, function: self.show(f"  zone {zone} runs {_name(function)}")
+        return executor
 
     def phases(self) -> list[str]:
         """What is under way."""
@@ -142,14 +157,14 @@ class World:
         self.note(f"CRASH {mode}")
         self.faults[f"crash-{mode}"] += 1
 
-    def end_process(self) -> None:
-        """The process ended by itself: descriptors are closed as by kill, nothing is lost."""
+    def end_process(self, *, power: bool = False) -> None:
+        """The process ended by itself: descriptors are closed as by kill, nothing is lost. power: it fails then."""
         assert self.loop is not None
         assert self.executor is not None
         self.dead = self.executor.dead = True
         self.loop.discard()
         for fs in self.zones:
-            fs.crash("kill")
+            fs.crash("power" if power else "kill")
 
     # where it can die
 
@@ -179,6 +194,9 @@ class World:
                 self.show(f"    zone {zone} {name} {self._shown(zone, name, args)}")
             if self.failing is not None:
                 self._maybe_fail(zone, name)
+            if zone == self.failing_zone and name in FAILING_CALLS:
+                self.faults[f"eio-{name}"] += 1
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             trigger = self.trigger
             if trigger is None or (trigger.call is not None and trigger.call != name) or not self._matches(name):
                 return None

@@ -270,7 +270,7 @@ BROKEN = [
     Broken("read_nowait is short", "test_short_transfers_are_continued", _handle(NowaitShort)),
     Broken("write past the size grows", "test_write_past_the_size_is_refused", _handle(GrowsWhenWritten)),
     Broken("short writes are not continued", "test_short_transfers_are_continued", _handle(ShortWrites)),
-    Broken("sync does not", "test_synced_writes_are_durable", _handle(SyncsNothing)),
+    Broken("sync does not", "test_synced_writes_are_durable", _handle(SyncsNothing), args=("write",)),
     Broken("write_durable is not", "test_write_durable_covers_its_own_bytes", _handle(DurableIsNot)),
     Broken("truncate keeps the space", "test_truncate", _handle(TruncatesLater)),
     Broken("read_uncached is cached", "test_uncached_reads_see_what_a_failed_sync_lost", _handle(UncachedIsCached)),

@@ -19,17 +19,21 @@ to the last byte that was written or allocated), space for names.
 """
 
 import errno
+import functools
 import os
 import random
 import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 SECTOR_BYTES = 512
 BLOCK_BYTES = 4096
 NAME_CHANGES_MAX = 128
 """Unsynced name changes that are kept; the oldest becomes durable beyond that, as a journal's timer would make it."""
+
+SYNCED_CHANGES_MAX = 64
+"""Changes of a file that are kept as they came before the disk's content is made of them."""
 
 _DATA, _SIZE = 0, 1
 
@@ -51,41 +55,55 @@ for a pwritev that fails half-way), or return the most bytes that this preadv or
 
 
 class _File:
-    """A regular file. `data` may be shorter than `size`: the rest reads as zeros."""
+    """A regular file. `data` may be shorter than `size`: the rest reads as zeros.
 
-    __slots__ = ("changes", "data", "disk", "disk_size", "end", "ino", "links", "lost", "openers", "size")
+    What the disk holds is `_disk` with the `_synced` changes applied; mostly nobody ever asks for it.
+    """
+
+    __slots__ = ("_disk", "_disk_size", "_synced", "changes", "data", "end", "ino", "links", "lost", "openers", "size")
 
     def __init__(self, ino: int) -> None:
         self.ino = ino
         self.data = bytearray()
         self.size = 0
-        self.disk = bytearray()
-        self.disk_size = 0
         self.changes: list[_Change] = []
         self.end = 0  # space is taken up to here
         self.links = 0
         self.openers = 0
         self.lost = False  # a sync failed: data shows what the disk may not have
+        self._disk = bytearray()
+        self._disk_size = 0
+        self._synced: list[_Change] = []
 
     def write(self, offset: int, piece: bytes, durable: bool) -> None:
         _put_bytes(self.data, offset, piece)
         self.size = max(self.size, offset + len(piece))
-        if durable and not self.changes and not self.lost:
-            _put_bytes(self.disk, offset, piece)
-            self.disk_size = max(self.disk_size, self.size)
-        else:
-            self.changes.append((_DATA, offset, piece, self.size, durable))
+        changes = self._synced if durable and not self.changes and not self.lost else self.changes
+        changes.append((_DATA, offset, piece, self.size, durable))
 
     def resize(self, size: int) -> None:
         self.size = size
         del self.data[size:]
         self.changes.append((_SIZE, 0, b"", size, False))
 
+    def disk(self) -> tuple[bytearray, int]:
+        """What the disk is sure to hold; its size."""
+        disk = self._disk
+        for kind, offset, piece, size, _ in self._synced:
+            if kind == _DATA:
+                _put_bytes(disk, offset, piece)
+            else:
+                del disk[size:]
+            self._disk_size = size
+        self._synced.clear()
+        return disk, self._disk_size
+
     def on_medium(self) -> bytes:
         """What the disk would hold were all dirty pages written out now."""
         if not self.lost:
             return bytes(self.data).ljust(self.size, b"\0")
-        disk, size = bytearray(self.disk), self.disk_size
+        disk, size = self.disk()
+        disk = bytearray(disk)
         for kind, offset, piece, size, _ in self.changes:
             if kind == _DATA:
                 _put_bytes(disk, offset, piece)
@@ -94,14 +112,10 @@ class _File:
         return bytes(disk).ljust(size, b"\0")
 
     def sync(self) -> None:
-        disk = self.disk
-        for kind, offset, piece, size, _ in self.changes:
-            if kind == _DATA:
-                _put_bytes(disk, offset, piece)
-            else:
-                del disk[size:]
-            self.disk_size = size
+        self._synced += self.changes
         self.changes.clear()
+        if len(self._synced) > SYNCED_CHANGES_MAX:
+            self.disk()
 
     def settle(self, rng: random.Random, *, sizes_kept: bool = False) -> None:
         """A power cut as far as the disk is concerned: some of the changes make it, the others never will.
@@ -109,8 +123,18 @@ class _File:
         sizes_kept: ftruncate and fallocate all make it (the journal carries them, whatever became of the data).
         """
         if self.changes:
-            self.disk, self.disk_size = _some_of(self.disk, self.disk_size, self.changes, rng, sizes_kept)
+            disk, size = self.disk()
+            self._disk, self._disk_size = _some_of(disk, size, self.changes, rng, sizes_kept)
             self.changes.clear()
+
+    def cut(self, rng: random.Random) -> None:
+        """A power cut: what is seen from now on is what the disk holds."""
+        if self.changes or self.lost:
+            self.settle(rng)
+            disk, self.size = self.disk()
+            self.data = bytearray(disk)
+            self.lost = False
+        self.end = _blocks(self.size)
 
 
 _Change = tuple[int, int, bytes, int, bool]
@@ -120,7 +144,7 @@ _Change = tuple[int, int, bytes, int, bool]
 class _Folder:
     """A folder: names as seen and names as on the disk."""
 
-    __slots__ = ("disk", "ino", "links", "names", "parent")
+    __slots__ = ("disk", "ino", "links", "names", "parent", "unsynced")
 
     def __init__(self, ino: int, parent: "_Folder | None") -> None:
         self.ino = ino
@@ -128,6 +152,7 @@ class _Folder:
         self.names: dict[str, _Node] = {}
         self.disk: dict[str, _Node] = {}
         self.links = 2
+        self.unsynced = 0  # name changes under way that concern it
 
 
 _Node = _File | _Folder
@@ -144,8 +169,12 @@ class _NameChange:
         self.folders = {folder for folder, _ in sets}
         self.made = made
         self.removed = removed
+        for folder in self.folders:
+            folder.unsynced += 1
 
     def apply(self) -> None:
+        for folder in self.folders:
+            folder.unsynced -= 1
         for (folder, name), node in self.sets.items():
             if node is None:
                 folder.disk.pop(name, None)
@@ -170,7 +199,9 @@ class FakeFileSystem:
 
     rng: chooses what survives a power cut and which read_nowait misses.
     nowait_miss: share of RWF_NOWAIT reads that answer EAGAIN.
+    device: st_dev of everything in it.
     takes_nowait, takes_dsync, takes_direct, takes_fallocate: False refuses with the errno that Linux uses.
+    lies: fsync, fdatasync and RWF_DSYNC say that they succeeded and make nothing durable.
     Public attributes may be changed at any time. `counts` has the number of calls by name.
     """
 
@@ -180,6 +211,7 @@ class FakeFileSystem:
         capacity_bytes: int = 1 << 40,
         rng: random.Random | None = None,
         nowait_miss: float = 0.0,
+        device: int = 1,
         takes_nowait: bool = True,
         takes_dsync: bool = True,
         takes_direct: bool = True,
@@ -188,10 +220,12 @@ class FakeFileSystem:
         self.capacity_bytes = capacity_bytes
         self.rng = rng or random.Random(0)
         self.nowait_miss = nowait_miss
+        self.device = device
         self.takes_nowait = takes_nowait
         self.takes_dsync = takes_dsync
         self.takes_direct = takes_direct
         self.takes_fallocate = takes_fallocate
+        self.lies = False
         self.before_call: BeforeCall | None = None
         self.counts: Counter[str] = Counter()
         self.taken_bytes = 0
@@ -225,11 +259,7 @@ class FakeFileSystem:
         if mode == "power":
             self._cut_names(rng)
             for file in self._files():
-                file.settle(rng)
-                file.data = bytearray(file.disk)
-                file.size = file.disk_size
-                file.end = _blocks(file.size)
-                file.lost = False
+                file.cut(rng)
         else:
             assert mode == "kill", mode
             for file in self._files():
@@ -250,13 +280,40 @@ class FakeFileSystem:
         assert isinstance(file, _File), path
         return bytes(file.data).ljust(file.size, b"\0")
 
-    def damage(self, path: str, offset: int) -> None:
-        """A byte of the file rots, on the disk and in the page cache."""
+    def size(self, path: str) -> int:
+        """Bytes of the file. Runs no hook."""
         file = self._find(path, None)
         assert isinstance(file, _File), path
-        for content in (file.data, file.disk):
+        return file.size
+
+    def damage(self, path: str, offset: int, bits: int = 0xFF) -> None:
+        """These bits of a byte of the file rot, on the disk and in the page cache."""
+        file = self._find(path, None)
+        assert isinstance(file, _File), path
+        for content in (file.data, file.disk()[0]):
             if offset < len(content):
-                content[offset] ^= 0xFF
+                content[offset] ^= bits
+
+    def image(self) -> "Image":
+        """A copy of everything as it is seen now. Nobody has a file open."""
+        copies: dict[_File, _File] = {}
+        return Image(_copy_of(self._root, None, copies))
+
+    def restore(self, image: "Image") -> None:
+        """Put an image back in place of everything, durably. Nobody has a file open."""
+        copies: dict[_File, _File] = {}
+        self._root = _copy_of(image.root, None, copies)
+        self._name_changes = []
+        self.taken_bytes = sum(file.end for file in self._files())
+
+    def wipe(self, path: str) -> None:
+        """The folder is a new, empty one, durably. Nobody has a file open."""
+        folder, name = self._locate(path, None)
+        self._name_changes = []
+        folder.names.pop(name)
+        folder.disk.pop(name, None)
+        self.make_folder(path)
+        self.taken_bytes = sum(file.end for file in self._files())
 
     def paths_below(self, path: str) -> list[str]:
         """Every file below a folder, relative to it, sorted. Runs no hook."""
@@ -366,6 +423,7 @@ class FakeFileSystem:
         durable = bool(flags & os.RWF_DSYNC)
         if durable and not self.takes_dsync:
             _fail(errno.EOPNOTSUPP, description.path)
+        durable = durable and not self.lies
         piece = b"".join(buffers)
         if limit is not None:
             piece = piece[:limit]
@@ -382,6 +440,10 @@ class FakeFileSystem:
             self._take_space(file, end)
         file.write(offset, piece, durable)
         return len(piece)
+
+    def start_writeback(self, fd: int, offset: int, length: int, /) -> None:
+        self._enter("start_writeback", fd, offset, length)
+        _file_of(self._description(fd))
 
     def fdatasync(self, fd: int, /) -> None:
         self._sync("fdatasync", fd)
@@ -503,11 +565,19 @@ class FakeFileSystem:
 
     def stat(self, path: str, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> os.stat_result:
         self._enter("stat", path, dir_fd)
-        return _status(self._find(path, dir_fd))
+        return self._status(self._find(path, dir_fd))
 
     def fstat(self, fd: int, /) -> os.stat_result:
         self._enter("fstat", fd)
-        return _status(self._description(fd).node)
+        return self._status(self._description(fd).node)
+
+    def _status(self, node: _Node) -> os.stat_result:
+        if isinstance(node, _File):
+            mode, size, space = stat.S_IFREG | 0o644, node.size, node.end
+        else:
+            mode, size, space = stat.S_IFDIR | 0o755, BLOCK_BYTES, BLOCK_BYTES
+        fields = (mode, node.ino, self.device, node.links, 0, 0, size, 0, 0, 0)
+        return os.stat_result(fields, {"st_blocks": space // 512})
 
     def fstatvfs(self, fd: int, /) -> os.statvfs_result:
         self._enter("fstatvfs", fd)
@@ -559,6 +629,8 @@ class FakeFileSystem:
                 node.settle(self.rng, sizes_kept=True)
             raise
         node = self._description(fd).node
+        if self.lies:
+            return
         if isinstance(node, _File):
             node.sync()
         else:
@@ -566,22 +638,32 @@ class FakeFileSystem:
 
     def _sync_names(self, folder: _Folder) -> None:
         """The changes in this folder, and the earlier ones about the same names, reach the disk in their order."""
+        changes = self._name_changes
         wanted: list[_NameChange] = []
         others: list[_NameChange] = []
         keys: set[_Key] = set()
         folders = {folder}
-        for change in reversed(self._name_changes):
+        left = folder.unsynced
+        elsewhere = False
+        index = len(changes)
+        while index and (left or elsewhere):
+            index -= 1
+            change = changes[index]
             if not folders.isdisjoint(change.folders) or (keys and not keys.isdisjoint(change.sets)):
                 wanted.append(change)
                 keys.update(change.sets)
+                left -= folder in change.folders
                 if change.removed is not None:
                     folders.add(change.removed)
+                    elsewhere = True
+                elif len(change.folders) > 1:
+                    elsewhere = True
             else:
                 others.append(change)
         for change in reversed(wanted):
             change.apply()
         others.reverse()
-        self._name_changes = others
+        changes[index:] = others
 
     def _cut_names(self, rng: random.Random) -> None:
         chance = rng.random()
@@ -596,6 +678,9 @@ class FakeFileSystem:
             kept = _some_in_order(changes, rng)
         for change in kept:
             change.apply()
+        for change in changes:
+            for folder in change.folders:
+                folder.unsynced = 0
         self._name_changes = []
         folders = [self._root]
         files: set[_File] = set()
@@ -684,6 +769,32 @@ class FakeFileSystem:
         """Space is free once the file has no name and no opener. The content stays: a power cut may undo the unlink."""
         if not file.links and not file.openers:
             self.taken_bytes -= file.end
+
+
+class Image(NamedTuple):
+    """A file system's content at one moment."""
+
+    root: _Folder
+
+
+def _copy_of(folder: _Folder, parent: _Folder | None, copies: dict[_File, _File]) -> _Folder:
+    """A durable copy of what is seen in a folder and below; a file with several names stays one."""
+    copy = _Folder(folder.ino, parent)
+    for name, node in folder.names.items():
+        if isinstance(node, _Folder):
+            copy.names[name] = _copy_of(node, copy, copies)
+            continue
+        if node not in copies:
+            fresh = copies[node] = _File(node.ino)
+            fresh.write(0, bytes(node.data), True)
+            if node.size > len(node.data):
+                fresh.resize(node.size)
+                fresh.sync()
+            fresh.end = node.end
+            fresh.links = node.links
+        copy.names[name] = copies[node]
+    copy.disk = dict(copy.names)
+    return copy
 
 
 def _some_in_order(changes: Sequence[_NameChange], rng: random.Random) -> list[_NameChange]:
@@ -780,7 +891,8 @@ def _put_bytes(target: bytearray, offset: int, piece: bytes) -> None:
     target[offset : offset + len(piece)] = piece
 
 
-def _parts(path: str) -> list[str]:
+@functools.lru_cache(maxsize=1 << 14)
+def _parts(path: str) -> Sequence[str]:
     return [part for part in path.split("/") if part and part != "."]
 
 
@@ -793,14 +905,6 @@ def _file_of(description: _Open) -> _File:
     if not isinstance(node, _File):
         _fail(errno.EISDIR, description.path)
     return node
-
-
-def _status(node: _Node) -> os.stat_result:
-    if isinstance(node, _File):
-        mode, size, space = stat.S_IFREG | 0o644, node.size, node.end
-    else:
-        mode, size, space = stat.S_IFDIR | 0o755, BLOCK_BYTES, BLOCK_BYTES
-    return os.stat_result((mode, node.ino, 1, node.links, 0, 0, size, 0, 0, 0), {"st_blocks": space // 512})
 
 
 def _fail(code: int, path: str) -> NoReturn:

@@ -5,11 +5,15 @@ system calls. Calls of one zone overlap and overtake each other as those of seve
 order wait for the completion.
 """
 
+import functools
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from objstore.replica.zone import Call
+from objstore.backend.base import Handle, Writer
+from objstore.errors import Busy, StoreError
+from objstore.replica.zone import Call, Closable, Done, give_back
 from tests.support.sim_loop import SimLoop
 
 FAST_SECONDS = 20e-6
@@ -18,16 +22,26 @@ FAST_SECONDS = 20e-6
 class SimExecutor:
     """objstore's Executor on a SimLoop.
 
-    slow_seconds: mean delay per zone; a call in twenty takes ten times that. dead: no call runs or completes any more.
+    slow_seconds: mean delay per zone; a call in twenty takes ten times that, one in a hundred a hundred times.
+    slow: of the calls named here one in four starts later by up to so many seconds.
+    dead: no call runs or completes any more.
     """
 
     def __init__(self, loop: SimLoop, rng: random.Random, slow_seconds: list[float]) -> None:
         self._loop = loop
         self._rng = rng
         self._slow_seconds = slow_seconds
+        self.slow: dict[str, float] = {}
         self._closed = False
+        self._now = 0.0
+        self._calls: dict[int, dict[Done, float]] = {}
+        """By zone, calls that somebody waits for, and when they were made."""
+        self._left: Counter[int] = Counter()
+        self._orphans: dict[int, list[Closable]] = {}
+        self._out: dict[int, StoreError] = {}
+        self._hanging: set[int] = set()
+        self._held: list[Callable[[], None]] = []
         self.dead = False
-        self.outstanding = 0
         self.on_job: Callable[[int, Callable[..., Any]], None] | None = None
 
     def submit(
@@ -35,14 +49,27 @@ class SimExecutor:
         zone: int,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        done: Callable[[Any, BaseException | None], None],
+        done: Done,
+        others: tuple[int, ...] = (),
     ) -> None:
         if self.dead:
             return
         if self._closed:
             raise RuntimeError("the executor is closed")
-        self.outstanding += 1
-        self._loop.call_later(self._delay(zone), self._run, zone, function, args, done)
+        if zone in self._out:
+            self._loop.call_soon(done, None, self._out[zone])
+            return
+        delay = self._delay(zone)
+        if self.slow and (most := self.slow.get(getattr(function, "__name__", ""), 0)) and self._rng.random() < 0.25:
+            delay += self._rng.random() * most
+        # One callable may be given for several calls.
+        done = functools.partial(done)
+        zones = (zone, *others)
+        for each in zones:
+            self._calls.setdefault(each, {})[done] = self._now
+        self._loop.call_later(delay, self._run, zones, function, args, done)
+
+    submit_long = submit
 
     def submit_together(self, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -53,34 +80,105 @@ class SimExecutor:
         mean = self._slow_seconds[zone]
         if chance < 0.3:
             return FAST_SECONDS
-        return self._rng.expovariate(1.0) * (mean * 10 if chance > 0.95 else mean)
+        if chance > 0.94:
+            mean *= 100 if chance > 0.99 else 10
+        return self._rng.expovariate(1.0) * mean
 
     def _run(
         self,
-        zone: int,
+        zones: tuple[int, ...],
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        done: Callable[[Any, BaseException | None], None],
+        done: Done,
     ) -> None:
         if self.dead:
             return
-        if self.on_job is not None:
-            self.on_job(zone, function)
+        awaited = any(done in self._calls[zone] for zone in zones)
+        if awaited and not self._hanging.isdisjoint(zones) and self._rng.random() < 0.7:
+            self._held.append(functools.partial(self._do, zones, function, args, done, True))
+        else:
+            self._do(zones, function, args, done, awaited)
+
+    def _do(
+        self, zones: tuple[int, ...], function: Callable[..., Any], args: tuple[Any, ...], done: Done, begun: bool
+    ) -> None:
+        if self.dead:
+            return
         result: Any = None
         error: BaseException | None = None
-        try:
-            result = function(*args)
-        except BaseException as caught:  # noqa: BLE001 - handed to the caller, as a thread does
-            error = caught
+        if begun:
+            if self.on_job is not None:
+                self.on_job(zones[0], function)
+            try:
+                result = function(*args)
+            except BaseException as caught:  # noqa: BLE001 - handed to the caller, as a thread does
+                error = caught
         if not self.dead and not self._loop.stopping_now:
-            self._loop.call_later(self._delay(zone), self._finish, done, result, error)
+            self._loop.call_later(self._delay(zones[0]), self._finish, zones, done, result, error)
 
-    def _finish(
-        self, done: Callable[[Any, BaseException | None], None], result: Any, error: BaseException | None
-    ) -> None:
-        if not self.dead:
-            self.outstanding -= 1
+    def hang(self, zone: int) -> None:
+        """Calls of this zone don't return any more until `release`: some do their work before, some behind it."""
+        self._hanging.add(zone)
+
+    def release(self, zone: int) -> None:
+        """What hung goes on, whoever waits for it still or again or no more."""
+        self._hanging.discard(zone)
+        held, self._held = self._held, []
+        for go_on in held:
+            self._loop.call_later(self._delay(zone), go_on)
+
+    def _finish(self, zones: tuple[int, ...], done: Done, result: Any, error: BaseException | None) -> None:
+        if self.dead:
+            return
+        if not self._hanging.isdisjoint(zones):
+            self._held.append(functools.partial(self._finish, zones, done, result, error))
+            return
+        awaited = False
+        for zone in zones:
+            if self._calls[zone].pop(done, None) is not None:
+                awaited = True
+                continue
+            self._left[zone] -= 1
+            self._close_orphans(zone)
+        if awaited:
             done(result, error)
+        elif isinstance(result, Handle | Writer):
+            give_back(result)
+
+    def poll(self, now: float) -> None:
+        self._now = now
+
+    def oldest(self, zone: int) -> float | None:
+        return next(iter(self._calls.get(zone, {}).values()), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call of a zone that does not hang has not returned."""
+        return any(self.outstanding(zone) for zone in self._calls if zone not in self._hanging)
+
+    def outstanding(self, zone: int) -> int:
+        return len(self._calls.get(zone, ())) + self._left[zone]
+
+    def abandon(self, zone: int, error: StoreError, orphans: Sequence[Closable] = ()) -> None:
+        self._out[zone] = error
+        self._orphans.setdefault(zone, []).extend(orphans)
+        left = list(self._calls.pop(zone, ()))
+        self._calls[zone] = {}
+        self._left[zone] += len(left)
+        for done in left:
+            if not any(done in calls for calls in self._calls.values()):
+                done(None, error)
+        self._close_orphans(zone)
+
+    def _close_orphans(self, zone: int) -> None:
+        if not self.outstanding(zone):
+            for orphan in self._orphans.pop(zone, ()):
+                orphan.close()
+
+    def readmit(self, zone: int) -> None:
+        if self.outstanding(zone):
+            raise Busy(f"calls have not returned zone={zone}")
+        self._out.pop(zone, None)
 
     def close(self) -> None:
         self._closed = True

@@ -7,22 +7,38 @@ moves it.
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from objstore.backend.base import Handle, ZoneFailed
+from objstore.backend.base import Handle, Writer, ZoneFailed
 from objstore.backend.memory import MemoryBackend, MemoryHandle, MemoryStorage
+from objstore.errors import Busy, StoreError
 from objstore.log.env import Env
-from objstore.replica.zone import Call, Zone
+from objstore.replica.zone import Call, Closable, Zone, give_back
 from objstore.units import KIB
 from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_zones
 
 STORE_ID = bytes(range(16))
-SMALL_SEGMENTS = StoreSettings(segment_bytes=256 * KIB, dirty_age_seconds=60.0)
-"""64 data blocks a segment, 80 blocks a file; nothing is synced because of its age."""
+SMALL_SEGMENTS = StoreSettings(segment_bytes=256 * KIB, dirty_age_seconds=60.0, write_wait_seconds=0.0)
+"""64 data blocks a segment, 80 blocks a file; nothing is synced because of its age, nobody waits for zones."""
 
-Job = tuple[Callable[..., Any], tuple[Any, ...], Callable[[Any, BaseException | None], None]]
+
+class SteppingCall:
+    """A call that has not run. abandoned: nobody waits for it any more."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        done: Callable[[Any, BaseException | None], None],
+        since: float,
+    ) -> None:
+        self.function = function
+        self.args = args
+        self.done = done
+        self.since = since
+        self.abandoned = False
 
 
 class HandClock:
@@ -39,13 +55,19 @@ class HandClock:
 
 
 class SteppingExecutor:
-    """objstore's Executor, one call per zone and loop turn, in order. A held zone waits for `release` or `step`."""
+    """objstore's Executor, one call per zone and loop turn, in order. A held zone waits for `release` or `step`.
+
+    A zone that hangs is one that is held: `abandon` leaves its calls behind, and they run when it is released.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queues: dict[int, deque[Job]] = {}
+        self._queues: dict[int, deque[SteppingCall]] = {}
         self._held: set[int] = set()
         self._scheduled: set[int] = set()
+        self._out: dict[int, StoreError] = {}
+        self._orphans: dict[int, list[Closable]] = {}
+        self._now = 0.0
         self._closed = False
         self.dead = False
 
@@ -55,15 +77,50 @@ class SteppingExecutor:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         done: Callable[[Any, BaseException | None], None],
+        others: tuple[int, ...] = (),
     ) -> None:
         if self._closed:
             raise RuntimeError("the executor is closed")
-        self._queues.setdefault(zone, deque()).append((function, args, done))
+        if zone in self._out:
+            self._loop.call_soon(done, None, self._out[zone])
+            return
+        self._queues.setdefault(zone, deque()).append(SteppingCall(function, args, done, self._now))
         self._schedule(zone)
+
+    submit_long = submit
 
     def submit_together(self, calls: Sequence[Call]) -> None:
         for call in calls:
             self.submit(*call)
+
+    def poll(self, now: float) -> None:
+        self._now = now
+
+    def oldest(self, zone: int) -> float | None:
+        return next((call.since for call in self._queues.get(zone, ()) if not call.abandoned), None)
+
+    def outstanding(self, zone: int) -> int:
+        return len(self._queues.get(zone, ()))
+
+    def abandon(self, zone: int, error: StoreError, orphans: Sequence[Closable] = ()) -> None:
+        self._out[zone] = error
+        self._orphans.setdefault(zone, []).extend(orphans)
+        left = [call for call in self._queues.get(zone, ()) if not call.abandoned]
+        for call in left:
+            call.abandoned = True
+        for call in left:
+            call.done(None, error)
+        self._close_orphans(zone)
+
+    def _close_orphans(self, zone: int) -> None:
+        if not self.outstanding(zone):
+            for orphan in self._orphans.pop(zone, ()):
+                orphan.close()
+
+    def readmit(self, zone: int) -> None:
+        if self.outstanding(zone):
+            raise Busy(f"calls have not returned zone={zone}")
+        self._out.pop(zone, None)
 
     def _schedule(self, zone: int) -> None:
         if zone not in self._held and zone not in self._scheduled and self._queues.get(zone):
@@ -92,14 +149,19 @@ class SteppingExecutor:
 
     def step(self, zone: int) -> None:
         """Run the oldest call of the zone; whoever waits for it is told at once."""
-        function, args, done = self._queues[zone].popleft()
+        call = self._queues[zone].popleft()
         result: Any = None
         error: BaseException | None = None
         try:
-            result = function(*args)
+            result = call.function(*call.args)
         except Exception as caught:  # noqa: BLE001 - handed to the caller, as a thread does
             error = caught
-        done(result, error)
+        if not call.abandoned:
+            call.done(result, error)
+            return
+        if isinstance(result, Handle | Writer):
+            give_back(result)
+        self._close_orphans(zone)
 
     def close(self) -> None:
         self._closed = True
@@ -110,6 +172,7 @@ class WatchedBackend(MemoryBackend):
 
     calls: (call, object name, offset or size) of every create, write, write_durable, sync and truncate, in order.
     fault: asked before each call of those and of get, open, put, delete; may raise.
+    unreadable: (object name, offset) of places that its medium can't read.
     """
 
     def __init__(self, storage: MemoryStorage | None = None) -> None:
@@ -117,6 +180,7 @@ class WatchedBackend(MemoryBackend):
         super().__init__(self.storage)
         self.calls: list[tuple[str, str, int]] = []
         self.fault: Callable[[str, str], None] = lambda call, name: None
+        self.unreadable: set[tuple[str, int]] = set()
 
     def note(self, call: str, name: str, number: int = 0) -> None:
         self.fault(call, name)
@@ -171,6 +235,9 @@ class WatchedHandle(MemoryHandle):
 
     def read(self, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
         self._backend.fault("read", self.name)
+        end = offset_bytes + sum(buffer.nbytes for buffer in buffers)
+        if any(name == self.name and offset_bytes <= at < end for name, at in self._backend.unreadable):
+            raise ZoneFailed(f"input/output error call=read name={self.name} offset={offset_bytes}")
         return super().read(offset_bytes, buffers)
 
     def read_nowait(self, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
@@ -233,29 +300,50 @@ class World:
         self.store: Store | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def open(self, *, create: bool = False, fault: Callable[[str, str], None] | None = None) -> Store:
-        """A new process opens the store. fault: that of every zone from the first call on."""
+    async def open(
+        self,
+        *,
+        create: bool = False,
+        fault: Callable[[str, str], None] | None = None,
+        here: Sequence[int] | None = None,
+        force: bool = False,
+        faults: Mapping[int, Callable[[str, str], None]] | None = None,
+    ) -> Store:
+        """A new process opens the store. fault, faults: of every zone, of single ones, from the first call on. here:
+        the zones that are there, default all."""
         assert self.store is None
         self._tasks = asyncio.all_tasks()
+        here = range(len(self.storages)) if here is None else here
         self.backends = [WatchedBackend(storage) for storage in self.storages]
-        if fault is not None:
-            for backend in self.backends:
-                backend.fault = fault
+        for i, backend in enumerate(self.backends):
+            backend.fault = (faults or {}).get(i) or fault or backend.fault
         executor = SteppingExecutor()
         try:
             self.store = await open_zones(
-                [(backend, f"zone{i}") for i, backend in enumerate(self.backends)],
+                [(self.backends[i], f"zone{i}") for i in here],
+                reopen=self.reopen,
                 settings=self.settings,
                 create=create,
                 clock=self.clock,
                 executor=executor,
                 rng=self.rng,
+                missing={f"zone{i}": "there is no such directory" for i in range(len(self.storages)) if i not in here},
+                force=force,
             )
         except BaseException:
             for backend in self.backends:
                 backend.close()
             raise
         return self.store
+
+    def reopen(self, path: str) -> WatchedBackend:
+        """The zone of that path, opened anew; one more if it is the next number."""
+        number = int(path.removeprefix("zone"))
+        if number == len(self.storages):
+            self.storages.append(MemoryStorage(self.storages[0].capacity_bytes))
+            self.backends.append(WatchedBackend(self.storages[number]))
+        self.backends[number] = WatchedBackend(self.storages[number])
+        return self.backends[number]
 
     async def stop(self) -> None:
         """The process ends in good order."""
@@ -269,11 +357,13 @@ class World:
         if store is None:
             return
         executor_of(store.env).dead = True
+        for vdi in store._open.values():
+            vdi.keeper._closed = True  # its timers would begin another checkpoint
         own = asyncio.current_task()
-        left = [task for task in asyncio.all_tasks() - self._tasks if task is not own]
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        while left := [task for task in asyncio.all_tasks() - self._tasks if task is not own]:
+            for task in left:  # what a task does at its end may begin another
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
         for backend in self.backends:
             backend.close()
 

@@ -1,6 +1,7 @@
 """The simulated loop and executor: virtual time, order, deadlocks, sudden ends."""
 
 import asyncio
+import inspect
 import random
 from typing import Any
 
@@ -50,6 +51,26 @@ def test_callback_that_raises_ends_the_run() -> None:
     with pytest.raises(AssertionError, match="oh"):
         loop.run_until_complete(main())
     loop.discard()
+
+
+def test_what_is_started_while_a_run_is_discarded_is_closed_too() -> None:
+    loop = SimLoop()
+    started = []
+
+    async def later() -> None:
+        raise AssertionError("never run")
+
+    async def first() -> None:
+        try:
+            await loop.create_future()
+        finally:
+            started.append(later())
+            loop.create_task(started[0])
+
+    with pytest.raises(SimDeadlock):
+        loop.run_until_complete(first())
+    loop.discard()
+    assert inspect.getcoroutinestate(started[0]) == inspect.CORO_CLOSED
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])

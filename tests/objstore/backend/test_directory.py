@@ -138,6 +138,37 @@ def test_the_zone_is_the_directory_that_was_opened(tmp_path: Path) -> None:
 # order of system calls
 
 
+def test_a_zone_that_moved_away_is_noticed(tmp_path: Path) -> None:
+    place = tmp_path / "zone"
+    place.mkdir()
+    backend = DirectoryBackend(str(place))
+    try:
+        backend.check()
+        place.rename(tmp_path / "elsewhere")
+        with pytest.raises(NotFound):
+            backend.check()
+        place.mkdir()
+        with pytest.raises(ZoneFailed, match="another directory"):
+            backend.check()
+    finally:
+        backend.close()
+
+
+def test_a_zone_that_became_read_only_is_noticed(fs: FakeFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = DirectoryBackend(ZONE, fs=fs)
+    backend.check()
+    sound = fs.fstatvfs
+
+    def read_only(fd: int, /) -> os.statvfs_result:
+        fields = list(sound(fd))
+        fields[8] = os.ST_RDONLY
+        return os.statvfs_result(fields)
+
+    monkeypatch.setattr(fs, "fstatvfs", read_only)
+    with pytest.raises(ZoneFailed, match="read-only"):
+        backend.check()
+
+
 def test_put_syncs_the_file_before_its_name_and_the_name_before_it_returns(fs: FakeFileSystem) -> None:
     backend = DirectoryBackend(ZONE, fs=fs)
     backend.put("log/1/a", b"warm")
@@ -495,6 +526,29 @@ def test_a_write_that_found_no_space_may_be_repeated(fs: FakeFileSystem) -> None
     fs.before_call = None
     handle.write(0, views(b"x"))
     handle.sync()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOENT, errno.EINVAL])
+def test_where_the_page_cache_can_not_be_avoided_writes_go_through_it(fs: FakeFileSystem, code: int) -> None:
+    """No descriptor is left, /proc is not mounted, the file system has no O_DIRECT: no fault of the zone."""
+    backend = DirectoryBackend(ZONE, fs=fs)
+    handle = backend.create("a", SIZE)
+    fail_at(fs, "reopen", code)
+    handle.write_around(0, views(b"x" * 4096))
+    fs.before_call = None
+    handle.write_around(4096, views(b"y" * 4096))
+    handle.sync()
+    assert backend.get("a")[:8192] == b"x" * 4096 + b"y" * 4096
+
+
+def test_an_error_of_a_write_around_the_page_cache_fails_the_zone(fs: FakeFileSystem) -> None:
+    handle = DirectoryBackend(ZONE, fs=fs).create("a", SIZE)
+    fail_at(fs, "pwritev", errno.EIO)
+    with pytest.raises(ZoneFailed, match=r"write_around.*EIO"):
+        handle.write_around(0, views(b"x" * 4096))
+    fs.before_call = None
+    with pytest.raises(ZoneFailed, match="earlier error"):
+        handle.sync()
 
 
 def test_a_name_that_can_not_be_synced_fails_the_zone(fs: FakeFileSystem) -> None:

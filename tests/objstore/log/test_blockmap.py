@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from objstore.errors import FormatError
-from objstore.log import blockmap
+from objstore.log import blockmap, regionmap
 from objstore.log.address import BLOCK_BITS, ENTRY_MIN, HOLE, RESERVED, SEGMENT_BLOCKS_MAX, key_of, pack
 from objstore.log.blockmap import (
     BLOCKS_MAX,
@@ -24,6 +24,7 @@ from objstore.log.blockmap import (
     NotLoaded,
     PageRef,
 )
+from objstore.log.mapmemory import MapMemory
 from objstore.log.regions import RunTable, decode_region, runs_of
 from objstore.units import REGION_BLOCKS
 
@@ -64,10 +65,14 @@ class MapMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         # Small enough that every form and both ways through each of these come up all the time.
         self.patch.setattr(blockmap, "FILL_TALLY_MAX", 2)
+        self.patch.setattr(blockmap, "FILL_STEP", 2)
+        self.patch.setattr(regionmap, "EVICTION_BYTES_MIN", 400)
         self.patch.setattr(blockmap, "INSERT_RUNS_MAX", 4)
         self.patch.setattr(blockmap, "BATCH_MAX", 64)
         self.patch.setattr(blockmap, "DENSE_RUNS_MIN", 6)
         self.map = BlockMap()
+        self.account = MapMemory(1)
+        self.map.join(self.account)
         self.entries = [HOLE] * BLOCKS
         self.live: Counter[int] = Counter()
         self.pages: dict[PageRef, bytes] = {}
@@ -95,18 +100,18 @@ class MapMachine(RuleBasedStateMachine):
         for region, ref in refs:
             assert self.map.load(region, ref, decode_region(self.pages[ref]))
 
-    def account(self, counts: dict[int, int]) -> None:
+    def subtract(self, counts: dict[int, int]) -> None:
         assert all(counts.values())
         self.live.subtract(counts)
 
     def account_dropped(self) -> None:
         while self.map.dropped:
             before = len(self.map.dropped)
-            self.account(self.map.count_dropped(2))
+            self.subtract(self.map.count_dropped(2))
             assert len(self.map.dropped) == max(0, before - 2)
         for region, ref in self.map.dropped_refs:
             assert ref.offset == region
-            self.account(live(flat(runs_of(decode_region(self.pages[ref]), 0, REGION_BLOCKS))))
+            self.subtract(live(flat(runs_of(decode_region(self.pages[ref]), 0, REGION_BLOCKS))))
         self.map.dropped_refs.clear()
 
     @initialize(record_blocks=st.sampled_from([0, 4, 20, 255, 4000]), count=st.integers(1, BLOCKS))
@@ -145,7 +150,7 @@ class MapMachine(RuleBasedStateMachine):
         count = min(count, BLOCKS - first, SEGMENT_BLOCKS_MAX - 1)
         entry = self.allocate(count)
         self.load(self.map.missing_edges(first, count))
-        self.account(self.map.assign(first, entry, count))
+        self.subtract(self.map.assign(first, entry, count))
         self.account_dropped()
         self.live[entry >> BLOCK_BITS] += count
         self.entries[first : first + count] = range(entry, entry + count)
@@ -154,14 +159,14 @@ class MapMachine(RuleBasedStateMachine):
     def fill(self, first: int, count: int, kind: int) -> None:
         count = min(count, BLOCKS - first)
         self.load(self.map.missing_edges(first, count))
-        self.account(self.map.fill(first, count, kind))
+        self.subtract(self.map.fill(first, count, kind))
         self.account_dropped()
         self.entries[first : first + count] = [kind] * count
 
     @rule(first=places)
     def truncate(self, first: int) -> None:
         self.load(self.map.missing_edges(first, BLOCKS_MAX - first))
-        self.account(self.map.truncate(first))
+        self.subtract(self.map.truncate(first))
         self.account_dropped()
         self.entries[first:] = [HOLE] * (BLOCKS - first)
 
@@ -227,12 +232,12 @@ class MapMachine(RuleBasedStateMachine):
         self.frozen_entries = self.entries[:]
         self.frozen_table = {}
 
-    @precondition(lambda self: self.frozen is not None and self.frozen.pages)
+    @precondition(lambda self: self.frozen is not None and self.frozen.left)
     @rule(data=st.data(), count=st.integers(1, REGIONS))
     def take(self, data: st.DataObject, count: int) -> None:
         assert self.frozen is not None
-        for _ in range(min(count, len(self.frozen.pages))):
-            region = data.draw(st.sampled_from(sorted(self.frozen.pages)))
+        for _ in range(min(count, len(self.frozen.left))):
+            region = data.draw(st.sampled_from(sorted(self.frozen.left)))
             page = self.frozen.take(region)
             expected = self.frozen_entries[region * REGION_BLOCKS : (region + 1) * REGION_BLOCKS]
             if not page:
@@ -244,7 +249,7 @@ class MapMachine(RuleBasedStateMachine):
             self.pages[ref] = page
             self.frozen_table[region] = ref
 
-    @precondition(lambda self: self.frozen is not None and not self.frozen.pages)
+    @precondition(lambda self: self.frozen is not None and not self.frozen.left)
     @rule()
     def commit(self) -> None:
         assert self.frozen is not None
@@ -349,10 +354,25 @@ class MapMachine(RuleBasedStateMachine):
 
     @invariant()
     def memory_agrees(self) -> None:
-        regions = sum(map(blockmap.slot_bytes, self.map.regions.values()))
+        regions = sum(map(regionmap.slot_bytes, self.map.regions.values()))
         held = self.frozen.held_bytes if self.frozen is not None else 0
         assert self.map.memory_bytes == regions + held
         assert held >= 0
+
+    @invariant()
+    def the_account_agrees(self) -> None:
+        heavy = regionmap.heavy_bytes
+        regions = self.map.regions
+        loaded = sum(map(heavy, regions.values()))
+        pinned = {region: heavy(regions.get(region)) for region in self.map.dirty}
+        owed = 0
+        if self.frozen is not None:
+            loaded += sum(map(heavy, self.frozen._kept.values()))
+            owed = sum(heavy(self.frozen._kept.get(r, regions.get(r))) for r in self.frozen.left)
+            for region in self.frozen.regions - self.frozen.left:
+                pinned.setdefault(region, heavy(regions.get(region)))
+        assert self.account.loaded_bytes == self.map.loaded_bytes == loaded
+        assert self.account.pinned_bytes == self.map.pinned_bytes == sum(pinned.values()) + owed
 
     @invariant()
     def extents_agree(self) -> None:
@@ -385,7 +405,7 @@ def scattered(blocks: BlockMap, region: int) -> None:
 
 
 def take_all(frozen: Frozen) -> dict[int, bytes]:
-    return {region: frozen.take(region) for region in sorted(frozen.pages)}
+    return {region: frozen.take(region) for region in sorted(frozen.left)}
 
 
 def entries_of(page: bytes) -> list[int]:
@@ -433,14 +453,14 @@ class TestCheckpoint:
             scattered(blocks, region)
         before = dict(blocks.regions)
         frozen = blocks.freeze()
-        assert all(frozen.pages[region] is blocks.regions[region] is before[region] for region in range(4))
+        assert all(blocks.regions[region] is before[region] for region in range(4))
         assert frozen.held_bytes == 0
         blocks.set_one(5, pack(9, 9, 9))
         assert [blocks.regions[region] is before[region] for region in range(4)] == [False, True, True, True]
         copy = blocks.regions[0]
         blocks.set_one(6, pack(9, 9, 10))
         assert blocks.regions[0] is copy
-        assert frozen.held_bytes == blockmap.slot_bytes(copy)
+        assert frozen.held_bytes == regionmap.slot_bytes(copy)
         frozen.take(0)
         assert frozen.held_bytes == 0
         frozen.take(1)
@@ -706,3 +726,40 @@ class TestRefusals:
         assert blocks.fill(5, 0, RESERVED) == blocks.fill(0, 0, RESERVED) == {}
         assert blocks.fill(5, 3 * REGION_BLOCKS, HOLE) == {}
         assert not blocks.dirty
+
+
+class TestAccount:
+    def test_a_map_counts_only_while_it_belongs_to_the_account(self) -> None:
+        blocks = BlockMap()
+        scattered(blocks, 0)
+        account = MapMemory(1)
+        blocks.join(account)
+        size_bytes = regionmap.slot_bytes(blocks.regions[0])
+        assert (account.loaded_bytes, account.pinned_bytes) == (size_bytes, size_bytes)
+        scattered(blocks, 1)
+        assert (account.loaded_bytes, account.pinned_bytes) == (2 * size_bytes, 2 * size_bytes)
+        frozen = blocks.freeze()
+        take_all(frozen)
+        frozen.commit()
+        assert (account.loaded_bytes, account.pinned_bytes) == (2 * size_bytes, 0)
+        blocks.leave()
+        blocks.leave()
+        scattered(blocks, 2)
+        assert (account.loaded_bytes, account.pinned_bytes) == (0, 0)
+
+    def test_what_takes_no_more_than_the_place_of_its_page_does_not_count(self) -> None:
+        blocks = BlockMap()
+        blocks.assign(0, pack(1, 1, 1), 4000)
+        blocks.fill(1 << 20, 1 << 20, RESERVED)
+        assert (blocks.loaded_bytes, blocks.pinned_bytes) == (0, 0)
+
+    def test_steps_of_a_large_fill_are_bounded(self) -> None:
+        blocks = BlockMap({region: PageRef(1, region, 8) for region in range(3 * blockmap.FILL_STEP)})
+        left = []
+        for counts in blocks.fill_steps(0, 1 << 32, HOLE):
+            assert not counts
+            left.append(len(blocks.regions))
+        assert max(before - after for before, after in itertools.pairwise([3 * blockmap.FILL_STEP, *left])) == (
+            blockmap.FILL_STEP
+        )
+        assert left[-1] == 0

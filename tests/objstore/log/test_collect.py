@@ -197,6 +197,26 @@ async def test_the_end_of_the_process_at_any_moment_of_collection(disk: ModelDis
         await disk.check()
 
 
+async def test_who_needs_space_is_told_of_what_is_freed_while_collection_goes_on(
+    disk: ModelDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every move leaves something worth moving again, rounds follow each other for ever."""
+    collector, keeper = disk.vdi.collector, disk.vdi.keeper
+    rounds = 0
+
+    async def another() -> bool:
+        nonlocal rounds
+        rounds += 1
+        keeper.freed += rounds == 5
+        await asyncio.sleep(0)
+        return rounds < 1000
+
+    monkeypatch.setattr(collector, "_worthwhile", lambda: True)
+    monkeypatch.setattr(collector, "_round", another)
+    assert await collector.reclaim()
+    assert rounds < 1000
+
+
 async def test_who_waits_for_space_has_it_looked_at_again(disk: ModelDisk) -> None:
     """Space was tight when collection last looked, and nothing since then has made it look (simulation, seed 882)."""
     await disk.write(0, 3)

@@ -5,10 +5,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from objstore.backend.base import ZoneFailed
+from objstore.backend.memory import MemoryWriter
 from objstore.errors import Corrupt, NoSpace, Unavailable
 from objstore.format.checkpoint import DEAD, LIVE
-from objstore.log.checkpoint import read_checkpoint
+from objstore.log.checkpoint import CheckpointWriter, CheckpointZones, read_checkpoint
 from objstore.log.keeper import REWRITE_BYTES_MAX
+from objstore.log.regionmap import PageRef
 from objstore.units import BLOCK_BYTES, MIB
 from objstore.volume.settings import StoreSettings
 from tests.conftest import ExpectedWarnings
@@ -120,7 +123,7 @@ async def test_pages_of_old_checkpoints_are_taken_over_in_time() -> None:
 
 
 async def test_dead_segments_wait_for_two_checkpoints_that_began_after_their_death(disk: ModelDisk) -> None:
-    disk.vdi.keeper.hurry = lambda *, now: None  # type: ignore[method-assign]
+    disk.vdi.keeper.hurry = lambda **how: None  # type: ignore[method-assign]
     await disk.write(0, 40)
     first = disk.segments[0]
     await disk.vdi.keeper.checkpoint()
@@ -142,7 +145,7 @@ async def test_dead_segments_wait_for_two_checkpoints_that_began_after_their_dea
 
 
 async def test_a_segment_that_dies_during_a_checkpoint_is_not_counted_by_it(disk: ModelDisk) -> None:
-    disk.vdi.keeper.hurry = lambda *, now: None  # type: ignore[method-assign]
+    disk.vdi.keeper.hurry = lambda **how: None  # type: ignore[method-assign]
     await disk.write(0, 40)
     segment = disk.vdi.disk.segments[0]
     await turns()
@@ -197,17 +200,78 @@ async def test_a_checkpoint_without_space_is_given_up_and_the_disk_goes_on(
     await disk.check()
 
 
-async def test_a_zone_that_fails_under_a_checkpoint_stops_the_disk(
+async def test_zones_that_all_fail_under_a_checkpoint_stop_the_disk(
     disk: ModelDisk, expected_warnings: ExpectedWarnings
 ) -> None:
-    expected_warnings.allow("checkpoint given up")
-    expected_warnings.allow("log stopped")
+    for text in ("checkpoint given up", "log stopped", "is put out", "is out of service", "can't be done without"):
+        expected_warnings.allow(text)
     await disk.write(0, 40)
-    disk.world.backends[1].fault = failing("put", "checkpoint/")
+    for backend in disk.world.backends:
+        backend.fault = failing("put", "checkpoint/")
     with pytest.raises(Unavailable):
         await disk.vdi.keeper.checkpoint()
     with pytest.raises(Unavailable):
         await disk.vdi.flush()
+
+
+async def test_a_zone_put_out_while_its_thread_works_for_a_checkpoint_does_not_stop_the_log(
+    monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
+) -> None:
+    """What is worked out in a thread of that zone is worked out again in another's."""
+    for text in ("is put out", "is out of service"):
+        expected_warnings.allow(text)
+    world = World(3)
+    await world.open(create=True)
+    disk = await ModelDisk(world).create(copies=3)
+    env = disk.vdi.disk.env
+    executor = executor_of(env)
+    opened = CheckpointWriter.open
+
+    async def open_and_hang(self: CheckpointWriter) -> None:
+        await opened(self)
+        executor.hold(0)
+
+    monkeypatch.setattr(CheckpointWriter, "open", open_and_hang)
+    await disk.write(0, 40)
+    checkpoint = asyncio.create_task(disk.vdi.keeper.checkpoint())
+    await turns(300)
+    assert executor.waiting(0)
+    env.zone_failing(0, ZoneFailed("no answer"))
+    await checkpoint
+    assert disk.vdi.disk.writer.error is None
+    await disk.write(3, 4)
+    await disk.vdi.flush()
+    await disk.check()
+    executor.release(0)
+    await world.kill()
+
+
+async def test_a_zone_that_fails_while_a_checkpoint_is_given_up_does_not_stop_the_log(
+    disk: ModelDisk, monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
+) -> None:
+    """The checkpoint finds no space, and its unfinished object can't be removed."""
+    expected_warnings.allow("checkpoint given up")
+    await disk.write(0, 40)
+    aborts = 0
+
+    def full(*_: object) -> None:
+        raise NoSpace("full")
+
+    def broken(*_: object) -> None:
+        nonlocal aborts
+        aborts += 1
+        raise ZoneFailed("input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryWriter, "commit", full)
+        patch.setattr(MemoryWriter, "abort", broken)
+        with pytest.raises(NoSpace):
+            await disk.vdi.keeper.checkpoint()
+    assert aborts == 2
+    await disk.write(3, 4)
+    await disk.vdi.keeper.checkpoint()
+    await disk.vdi.flush()
+    await disk.check()
 
 
 async def test_damaged_map_pages_are_an_error_for_their_range_only(expected_warnings: ExpectedWarnings) -> None:
@@ -219,7 +283,7 @@ async def test_damaged_map_pages_are_an_error_for_their_range_only(expected_warn
             await disk.write(region * 1024 + 5)
         await disk.vdi.keeper.checkpoint()
         await disk.vdi.flush()
-        ref = disk.vdi.keeper.pages[1]
+        ref = disk.vdi.keeper.root.get(1)
         name = disk.checkpoints[-1]
         await world.kill()
         world.damage(name, ref.offset + 13, zones=[0])
@@ -239,6 +303,35 @@ async def test_damaged_map_pages_are_an_error_for_their_range_only(expected_warn
         assert await disk.read(5) == disk.expected(5)
     finally:
         await world.kill()
+
+
+async def test_a_page_that_was_taken_over_while_a_zone_is_out_is_looked_for_again(
+    expected_warnings: ExpectedWarnings,
+) -> None:
+    """The checkpoint that held it is gone in one zone, and the other can't be asked."""
+    for text in ("is put out", "is out of service", "map pages unreadable"):
+        expected_warnings.allow(text)
+    world = World(3)
+    await world.open(create=True)
+    disk = await ModelDisk(world).create(copies=3)
+    await disk.write(5)
+    await disk.vdi.keeper.checkpoint()
+    await disk.reopen(clean=True)
+    inner, env = disk.vdi.disk, disk.vdi.disk.env
+    ref = inner.map.regions[0]
+    assert isinstance(ref, PageRef)
+    await env.put_out(1, ZoneFailed("no answer"))
+    assert isinstance(inner.checkpoint_zones, CheckpointZones)
+    inner.checkpoint_zones.found(ref.checkpoint + 100, (0, 1, 2))
+    gone = PageRef(ref.checkpoint + 100, ref.offset, ref.length)
+    await inner.load([(0, gone)])
+    assert inner.map.regions[0] == ref, "not loaded, and no error: the caller looks again"
+    inner.map.regions[0] = gone
+    with pytest.raises(Unavailable, match="out of reach"):
+        await inner.load([(0, gone)])
+    inner.map.regions[0] = ref
+    await disk.check()
+    await world.kill()
 
 
 async def test_maps_larger_than_their_memory() -> None:
@@ -262,6 +355,6 @@ async def test_maps_larger_than_their_memory() -> None:
         for block, data in model.items():
             assert await volume.read(block * BLOCK_BYTES, BLOCK_BYTES, into) == 0
             assert into == data
-        assert world.store.env.map_bytes() < 8 * MIB
+        assert world.store.env.maps.loaded_bytes < 4 * MIB + 64 * 8300
     finally:
         await world.kill()

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from objstore.backend.base import ZoneFailed
-from objstore.errors import Corrupt
+from objstore.errors import Corrupt, Unavailable
+from objstore.log.address import BLOCK_BITS
 from objstore.units import BLOCK_BYTES
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import ModelDisk
@@ -109,7 +110,7 @@ async def test_different_blocks_bad_in_different_zones(
 async def test_blocks_that_every_zone_has_lost_are_named_exactly(
     disk: ModelDisk, nowait: bool, expected_warnings: ExpectedWarnings
 ) -> None:
-    expected_warnings.allow("checksum wrong")
+    expected_warnings.allow("checksum wrong|a copy is bad, not replaced|no zone has all of a segment")
     await fill(disk)
     for block in (21, 22, 30):
         disk.damage(block)
@@ -140,7 +141,7 @@ async def test_the_damaged_range_is_clipped_to_what_was_asked(
 async def test_a_partial_write_over_a_lost_block_fails_and_changes_nothing(
     disk: ModelDisk, expected_warnings: ExpectedWarnings
 ) -> None:
-    expected_warnings.allow("checksum wrong")
+    expected_warnings.allow("checksum wrong|a copy is bad, not replaced|no zone has all of a segment")
     await fill(disk)
     disk.damage(21)
     position = disk.vdi.disk.writer.position
@@ -242,3 +243,32 @@ async def test_descriptors_are_bounded(disk: ModelDisk) -> None:
     for _ in range(3):
         assert await disk.read(0, 100) == disk.expected(0, 100)
         assert sum(1 for segment in disk.vdi.disk.segments.values() if segment.reader is not None) <= 3
+
+
+async def test_data_on_a_zone_that_is_put_out_while_it_is_read_is_out_of_reach_and_not_damaged(
+    monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
+) -> None:
+    monkeypatch.setattr(WatchedHandle, "nowait", False)
+    for text in ("is put out", "is out of service", "read failed"):
+        expected_warnings.allow(text)
+    world = World(3)
+    await world.open(create=True)
+    disk = await ModelDisk(world).create(copies=1)
+    await fill(disk)
+    await disk.vdi.keeper.checkpoint()  # seals what there is
+    env = disk.vdi.disk.env
+    segment = next(s for s in disk.vdi.disk.segments.values() if s.memory is None)
+    (zone,) = segment.zones
+    block = next(b for b in range(100) if disk.vdi.disk.map.lookup(b) >> BLOCK_BITS == segment.key)
+    await disk.read(block, 1)  # the checksums are known now
+    executor_of(env).hold(zone)
+    read = asyncio.create_task(disk.read(block, 1))
+    await turns()
+    assert executor_of(env).waiting(zone)
+    segment.zones = ()  # as the writer does with a segment whose seal the zone does not have
+    env.zone_failing(zone, ZoneFailed("no answer"))
+    with pytest.raises(Unavailable):
+        await read
+    assert not disk.vdi.disk.damage.blocks
+    executor_of(env).release(zone)
+    await world.kill()

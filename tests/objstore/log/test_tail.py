@@ -9,7 +9,7 @@ from crc32c import crc32c
 from objstore.errors import Corrupt
 from objstore.format.record import Flag, Kind
 from objstore.log.env import Env
-from objstore.log.opening import Base, Head, Tail, copy_rest, read_tail
+from objstore.log.opening import Base, Head, Row, Tail, copy_rest, read_tail
 from objstore.log.segment import log_folder, segment_name
 from objstore.log.tail import durable_claim, look_at, records_from
 from objstore.log.writer import LogWriter
@@ -44,13 +44,19 @@ def image(env: Env, zone: int, number: int = 0) -> bytearray:
     return backend_of(env, zone).storage.objects[segment_name(LOG, number)]
 
 
+def row(env: Env, number: int) -> Row:
+    """How a head names a segment of all zones."""
+    directory = look_at(backend_of(env, 0), STORE_ID, LOG, number).directory
+    return Row(number, directory.crc if directory is not None else 0, tuple(zone.index for zone in env.zones))
+
+
 def positions(tail: Tail) -> list[int]:
     return [record.header.position for record in tail.rest]
 
 
 async def test_an_empty_log() -> None:
     tail = await read_tail(make_env(2), LOG, HEAD, BASE)
-    assert (tail.sealed, tail.rest, tail.unkept, tail.next_number) == ([], [], {}, 0)
+    assert (tail.sealed, tail.rest, tail.shown, tail.next_number) == ([], [], {}, 0)
 
 
 async def test_records_are_taken_from_whichever_zone_has_them_whole() -> None:
@@ -114,7 +120,7 @@ async def test_segments_that_the_head_names_must_be_there() -> None:
     env = make_env(2)
     await three_records(env)
     with pytest.raises(Corrupt, match=r"segments that the head names are missing .*segments=\[7\]"):
-        await read_tail(env, LOG, HEAD._replace(tail=(0, 7), first_number=8), BASE)
+        await read_tail(env, LOG, HEAD._replace(tail=(row(env, 0), Row(7, 1, (0, 1))), first_number=8), BASE)
 
 
 async def test_a_record_that_has_the_right_place_and_the_wrong_past() -> None:
@@ -137,8 +143,8 @@ async def test_segments_of_a_writer_that_was_never_committed_are_no_part_of_the_
     await three_records(env)
     tail = await read_tail(env, LOG, HEAD._replace(generation=2), BASE)
     assert not tail.rest
-    assert tail.unkept[0] == (0, 1)
-    tail = await read_tail(env, LOG, HEAD._replace(generation=2, tail=(0,), first_number=1), BASE)
+    assert tail.shown[0] == tail.empty[0] == (0, 1)
+    tail = await read_tail(env, LOG, HEAD._replace(generation=2, tail=(row(env, 0),), first_number=1), BASE)
     assert positions(tail) == [1, 2, 3]
 
 

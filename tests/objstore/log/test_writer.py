@@ -113,7 +113,6 @@ async def test_every_unsynced_segment_is_synced_by_a_flush() -> None:
     async with writer_on(env) as writer:
         await put(writer, 1)
         first = open_segment(writer).name
-        await writer.flush()
         writer.finish_segment()
         await turns()
         await put(writer, 2)
@@ -234,6 +233,8 @@ async def test_a_seal_is_written_only_after_its_body_was_synced_there() -> None:
         for zone in (0, 1):
             backend_of(env, zone).calls.clear()
         writer.finish_segment()
+        await turns()
+        await writer.flush()
         await turns()
         for zone in (0, 1):
             assert [call for call, found, _ in backend_of(env, zone).calls if found == name] == [
@@ -618,3 +619,16 @@ async def test_closing_removes_what_was_set_aside() -> None:
         await turns()
         assert len(backend_of(env, 0).storage.objects) == 2
     assert list(backend_of(env, 0).storage.objects) == [segment_name(LOG, 0)]
+
+
+async def test_a_record_cut_after_its_log_failed_is_not_counted_again(expected_warnings: ExpectedWarnings) -> None:
+    expected_warnings.allow("log stopped")
+    env = make_env(1)
+    async with writer_on(env) as writer:
+        await put(writer, 1)
+        for block in range(30):  # too large to be copied out of its buffer
+            await put(writer, block)
+        assert env.dirty_bytes
+        writer.fail(Unavailable("the zones are gone"))
+        writer.cut()
+        assert not env.dirty_bytes

@@ -84,14 +84,20 @@ async def test_map_pages_come_from_another_zone_when_one_returns_errors(
         await vdi.read(0, BLOCK_BYTES, into)
         assert into == block(0, 0)
         backend.fault = lambda call, name: None
-        vdi.disk.map.evict(0, vdi.disk.pages[0])
+        vdi.disk.map.evict(0, vdi.keeper.root.get(0))
 
 
 @pytest.mark.parametrize("zones", [1, 2])
 async def test_writes_go_on_when_segments_cannot_be_collected(
     world: World, zones: int, expected_warnings: ExpectedWarnings
 ) -> None:
-    for text in ("directory unreadable", "collection stopped", "can't be collected", "read failed"):
+    for text in (
+        "directory unreadable",
+        "collection stopped",
+        "can't be collected",
+        "read failed",
+        "is out of service",
+    ):
         expected_warnings.allow(text)
     vdi = await make(world)
     for backend in world.backends[:zones]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from objstore.errors import InvalidRequest, NotFound, Stopping, Unavailable
+from objstore.log.env import BUFFER_BYTES
 from objstore.units import BLOCK_BYTES, MIB
 from objstore.volume.base import Extent
 from objstore.volume.settings import MODES, StoreSettings
@@ -228,7 +229,8 @@ async def test_dirty_data_is_bounded() -> None:
         executor_of(vdi.disk.env).hold(1)
         writes = [asyncio.create_task(vdi.write(i << 18, page(b"w", 64))) for i in range(40)]
         await turns(300)
-        assert vdi.disk.env.dirty_bytes < 2 * MIB
+        # The limit, and what the record that passed it holds.
+        assert vdi.disk.env.dirty_bytes < MIB + 2 * BUFFER_BYTES
         assert not all(write.done() for write in writes)
         assert not vdi.write_now(0, page(b"n"))
         executor_of(vdi.disk.env).release(1)
@@ -302,14 +304,18 @@ async def test_reserved_zeros_survive_a_restart(world: World) -> None:
 # -- the end --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_failed_zone_stops_the_vdi_and_not_its_reads(world: World, expected_warnings: ExpectedWarnings) -> None:
-    expected_warnings.allow("log stopped")
+async def test_zones_that_all_fail_stop_the_vdi_and_not_its_reads(
+    world: World, expected_warnings: ExpectedWarnings
+) -> None:
+    for text in ("log stopped", "is put out", "can't be done without"):
+        expected_warnings.allow(text)
     disk = await ModelDisk(world).create()
     await disk.write(0, 5)
     await disk.vdi.flush()
     await disk.write(3, 2)
-    world.backends[1].fault = failing("write_durable")
-    with pytest.raises(Unavailable, match="zone zone1 failed"):
+    for backend in world.backends:
+        backend.fault = failing("write_durable")
+    with pytest.raises(Unavailable, match="zone1"):
         await disk.vdi.flush()
     for change in (
         disk.vdi.write(0, page(b"x")),

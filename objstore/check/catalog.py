@@ -1,0 +1,259 @@
+"""The catalog: a snapshot, then the entries of log 0 behind it (FORMAT.md, Catalog)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from crc32c import crc32c
+
+from objstore.check.documents import identity, member
+from objstore.check.epochs import Line
+from objstore.check.layout import BLOCK_MASK, PAGE, Damaged, Owner, Record, segment_header
+from objstore.check.members import Store, copy_of, number_of
+from objstore.check.report import Repair, Severity
+from objstore.check.segments import segment_name
+from objstore.check.tail import Row, Rules, read_tail
+
+SNAPSHOT_BYTES_MAX: Final = 1 << 30
+_SNAPSHOT_HEADER_BYTES: Final = 24
+_CRC_AT: Final = 20
+
+
+class Vdi(NamedTuple):
+    """A VDI as the catalog describes it."""
+
+    name: str
+    log: int
+    size_bytes: int
+    copies: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.size_bytes // PAGE)
+
+
+class Head(NamedTuple):
+    """The committed head of a log."""
+
+    log: int
+    generation: int
+    tail: tuple[Row, ...]
+    first_number: int
+    checkpoint: int
+    clean: bool
+    epoch: bytes
+    copies: int
+
+
+@dataclass
+class Catalog:
+    """What the store has, after the last entry."""
+
+    next_log: int = 1
+    vdis: dict[int, Vdi] = field(default_factory=dict)
+    heads: dict[int, Head] = field(default_factory=dict)
+    garbage: set[int] = field(default_factory=set)
+    clean: bool = False
+
+    def apply(self, entry: Mapping[str, Any]) -> None:
+        """One entry. Damaged: it is none that FORMAT.md knows."""
+        fields = dict(entry)
+        kind = fields.get("type")
+        self.clean = kind == "stop"
+        if kind == "vdi":
+            self._add_vdi(fields)
+        elif kind == "delete":
+            vdi = self.vdis.pop(member(fields, "vdi_id", int), None)
+            if vdi is None:
+                raise Damaged(f"the catalog deletes VDI {fields['vdi_id']}, which does not exist")
+            self.heads.pop(vdi.log, None)
+            self.garbage.add(vdi.log)
+        elif kind == "head":
+            self._add_head(fields)
+        elif kind == "purged":
+            self.garbage.discard(member(fields, "log", int))
+        elif kind != "stop":
+            raise Damaged(f"the catalog has an entry of unknown type {kind!r}")
+
+    def _add_vdi(self, fields: dict[str, Any]) -> None:
+        size_bytes, copies = member(fields, "size_bytes", int), member(fields, "copies", int)
+        log = member(fields, "log", int)
+        if not size_bytes or not copies or not 1 <= log < 1 << 24:
+            raise Damaged(f"the catalog describes a VDI as {fields!r}")
+        self.vdis[member(fields, "vdi_id", int)] = Vdi(member(fields, "name", str), log, size_bytes, copies)
+        self.next_log = max(self.next_log, log + 1)
+
+    def _add_head(self, fields: dict[str, Any]) -> None:
+        tail = tuple(_row(entry) for entry in member(fields, "tail", list))
+        log, generation = member(fields, "log", int), member(fields, "generation", int)
+        first_number, checkpoint = member(fields, "first_number", int), member(fields, "checkpoint", int)
+        clean = member(fields, "clean", bool)
+        epoch, copies = identity(fields, "epoch"), member(fields, "copies", int)
+        self.heads[log] = Head(log, generation, tail, first_number, checkpoint, clean, epoch, copies)
+
+
+def _row(entry: object) -> Row:
+    """One row of a head's tail."""
+    if not isinstance(entry, list | tuple) or not all(type(value) is int and value >= 0 for value in entry):
+        raise Damaged(f"a head's tail has {entry!r}")
+    if len(entry) != 3 or entry[0] >= 1 << 28 or not 0 < entry[2] < 1 << 64:
+        raise Damaged(f"a head's tail has {entry!r}")
+    return Row(*entry)
+
+
+def catalog_name(number: int) -> str:
+    return f"catalog/{number:08x}"
+
+
+def snapshot(data: bytes, store: bytes, number: int) -> Catalog:
+    """A catalog snapshot."""
+    if len(data) < _SNAPSHOT_HEADER_BYTES or _crc(data) != int.from_bytes(data[20:24], "little"):
+        raise Damaged("the snapshot has a wrong checksum")
+    if data[:16] != store or int.from_bytes(data[16:20], "little") != number:
+        raise Damaged("the snapshot belongs to another store or has another number")
+    fields = _unpack(data[_SNAPSHOT_HEADER_BYTES:])
+    found = Catalog()
+    for name in ("vdis", "heads"):
+        for entry in member(fields, name, list):
+            if not isinstance(entry, dict):
+                raise Damaged(f"the snapshot has {entry!r} in {name}")
+            found.apply(entry)
+    found.garbage = {log for log in member(fields, "garbage", list) if isinstance(log, int)}
+    found.next_log = max(found.next_log, member(fields, "next_log", int))
+    found.clean = member(fields, "clean", bool)
+    return found
+
+
+def _crc(data: bytes) -> int:
+    """CRC over bytes 0-19 and the body: the field itself is left out, not zero."""
+    return int(crc32c(data[_SNAPSHOT_HEADER_BYTES:], crc32c(data[:_CRC_AT])))
+
+
+def _unpack(data: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.msgpack.decode(data)
+    except msgspec.DecodeError as error:
+        raise Damaged("the catalog has something that is no msgpack") from error
+    if not isinstance(value, dict):
+        raise Damaged("the catalog has something that is no msgpack map")
+    return value
+
+
+def read_catalog(store: Store, line: Line) -> Catalog | None:
+    """The catalog as it is now; None if it can't be read, which is reported."""
+    head = line.newest.catalog
+    begun = next(epoch.id for epoch in line.epochs if epoch.catalog == head)
+    found = _read_snapshot(store, head.snapshot)
+    if found is None:
+        return None
+    entries: list[dict[str, Any]] = []
+    rules = Rules(lambda header: store.by_ids(line.holders(header.zones, header.epoch_id)), seals=False)
+
+    def on_record(record: Record, data: memoryview) -> None:
+        for word, count in zip(record.operations.words.tolist(), record.operations.counts.tolist(), strict=True):
+            length = word & BLOCK_MASK
+            if length > count * PAGE or bytes(data[length : count * PAGE]).strip(b"\0"):
+                raise Damaged("an entry of the catalog has a wrong length")
+            entries.append(_unpack(bytes(data[:length])))
+            rules.clean = entries[-1].get("type") == "stop"
+            data = data[count * PAGE :]
+
+    rules.on_record = on_record
+    gone = line.unknown_end(begun, 64)
+    if gone:
+        names = ", ".join(zone.hex()[:8] for zone in gone)
+        store.add(Severity.UNAVAILABLE, "catalog", f"may go on in zones that are not here: {names}")
+    holders = listing(store, "log/000000", 7)
+    numbers, leftover = _segments_that_count(store, line, holders)
+    try:
+        tail = read_tail(store, Owner(store.id, 0), holders, numbers, (head.position, head.previous_crc), rules)
+        for entry in entries:
+            found.apply(entry)
+    except Damaged as error:
+        store.add(Severity.DAMAGE, "catalog", str(error))
+        return None
+    store.report.checked["catalog entries"] += len(entries)
+    if tail.position < tail.claim:
+        return None
+    for number, zones in leftover:
+        for zone in zones:
+            name = segment_name(0, number)
+            text = "is left over: the catalog does not continue in it"
+            repair = Repair(zone, name)
+            store.add(Severity.NOTE, "orphan", text, zone=zone, name=name, repair=repair)
+    return found
+
+
+def _read_snapshot(store: Store, number: int) -> Catalog | None:
+    """The snapshot of that number from any zone; others are left over."""
+    name = catalog_name(number)
+    if number == 0:
+        found: Catalog | None = Catalog()
+    else:
+        found, good, problems = None, None, {}
+        first = b""
+        for zone in sorted(store.serving):
+            try:
+                data = store.load(zone, name, SNAPSHOT_BYTES_MAX)
+                if data is None:
+                    raise Damaged("is missing")
+                found, good = snapshot(data, store.id, number), zone
+                if first and data != first:
+                    store.add(Severity.DAMAGE, "copies-differ", "is not what other zones have", zone=zone, name=name)
+                first = data
+            except Damaged as error:
+                problems[zone] = str(error)
+        for zone, problem in problems.items():
+            repair = None if good is None else copy_of(store, good, zone, name, SNAPSHOT_BYTES_MAX)
+            kind = "missing-copy" if problem == "is missing" else "bad-copy"
+            store.add(Severity.FAULT, kind, problem, zone=zone, name=name, repair=repair)
+        if found is None:
+            store.add(Severity.DAMAGE, "catalog", "no zone has the catalog's snapshot", name=name)
+    for other, zones in listing(store, "catalog", 8).items():
+        if other != number:
+            for zone in zones:
+                old = catalog_name(other)
+                text = "is left over: the epoch in force does not name it"
+                store.add(Severity.NOTE, "orphan", text, zone=zone, name=old, repair=Repair(zone, old))
+    return found
+
+
+def _segments_that_count(
+    store: Store, line: Line, holders: Mapping[int, list[int]]
+) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """Numbers of log 0's segments that count, and the others with the zones that have them."""
+    head = line.newest.catalog
+    counting, leftover = [], []
+    for number, zones in sorted(holders.items()):
+        if number >= head.first_number and counts(store, line, Owner(store.id, 0), number, zones, head.generation):
+            counting.append(number)
+        else:
+            leftover.append((number, zones))
+    return counting, leftover
+
+
+def counts(store: Store, line: Line, owner: Owner, number: int, zones: list[int], generation: int) -> bool:
+    """Whether any valid header of a segment's copies is of that generation and of the line of epochs."""
+    for zone in zones:
+        try:
+            header = segment_header(store.zones[zone].read(segment_name(owner.log, number), 0, PAGE), owner, number)
+        except (OSError, Damaged):
+            continue
+        if header.generation == generation and line.names(header.epoch, header.epoch_id):
+            return True
+    return False
+
+
+def listing(store: Store, folder: str, digits: int) -> dict[int, list[int]]:
+    """Objects of a folder by number, with the zones that list them. Names that are no numbers are noted."""
+    found: dict[int, list[int]] = {}
+    for zone in store.everyone:
+        for text in store.zones[zone].list(folder):
+            number = number_of(text, digits)
+            if number is None:
+                name = f"{folder}/{text}"
+                store.add(Severity.NOTE, "unknown", "is nothing that a zone has", zone=zone, name=name)
+            else:
+                found.setdefault(number, []).append(zone)
+    return dict(sorted(found.items()))

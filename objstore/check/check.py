@@ -1,0 +1,119 @@
+"""The check of a whole store, and its repair."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from objstore.check.catalog import Catalog, listing, read_catalog
+from objstore.check.epochs import Line
+from objstore.check.layout import Damaged
+from objstore.check.log import check_log
+from objstore.check.members import Store, check_superblocks, check_top, epoch_in_force, read_superblock
+from objstore.check.report import Repair, Report, Severity
+from objstore.check.zones import DirectoryZone, ZoneReader, ZoneWriter
+
+Progress = Callable[[int], object]
+
+
+def check_store(zones: Sequence[ZoneReader], *, on_progress: Progress = lambda size: None) -> Report:
+    """Read everything that these zones of a store hold, and say what is wrong with it. Nothing is changed.
+
+    on_progress: called with the bytes that were looked at since the last call.
+    Raises NotFound (no store), InvalidRequest (zones that don't belong together), NewerFormat. What can't be read is a
+    finding, not an error.
+    """
+    report = Report()
+    store = Store(list(zones), report, on_progress)
+    check_superblocks(store)
+    line = epoch_in_force(store)
+    check_top(store)
+    catalog = None if line is None else read_catalog(store, line)
+    if line is not None and catalog is not None:
+        _check_logs(store, line, catalog)
+    return report
+
+
+def repair(zones: Sequence[ZoneWriter], report: Report, *, on_progress: Progress = lambda size: None) -> Report:
+    """Mend what `report`, a fresh check of the same zones, knows to mend without a choice; then check again.
+
+    The answer is the second check's report, with what was done in `repaired`. The caller holds the zones' locks.
+    """
+    done = []
+    by_label = {zone.label: zone for zone in zones}
+    for finding in report.findings:
+        if finding.repair is None:
+            continue
+        zone = by_label[finding.zone]
+        try:
+            done.append(_apply(zone, finding.repair))
+        except (OSError, Damaged) as error:
+            done.append(f"{zone.label}/{finding.repair.name}: not repaired: {error}")
+    again = check_store(zones, on_progress=on_progress)
+    again.repaired = done
+    return again
+
+
+def _apply(zone: ZoneWriter, change: Repair) -> str:
+    if change.data is None:
+        zone.remove(change.name)
+        return f"{zone.label}/{change.name}: removed"
+    zone.put(change.name, change.data())
+    return f"{zone.label}/{change.name}: written anew from a good copy"
+
+
+def total_bytes(zones: Sequence[ZoneReader]) -> int:
+    """About as many bytes as a check will look at."""
+    total = 0
+    for zone in zones:
+        for top in ("log", "checkpoint"):
+            for folder in zone.list(top):
+                total += sum(zone.size(f"{top}/{folder}/{name}") or 0 for name in zone.list(f"{top}/{folder}"))
+    return total
+
+
+def zones_of(paths: Sequence[Path]) -> list[DirectoryZone]:
+    """Readers for these directories; a single one stands for all zones of its store that can be found.
+
+    Of several, those that are no directories are left out: their store knows that it misses them.
+    NotFound: none is a directory, or the only one is no zone. NewerFormat: of a later version.
+    """
+    found = [path for path in paths if path.is_dir()]
+    zones = [DirectoryZone(path) for path in found or paths]
+    if len(paths) != 1:
+        return zones
+    try:
+        block = read_superblock(zones[0])
+    except Damaged:
+        return zones
+    for member in block.members:
+        if member.id != block.zone and Path(member.path).is_dir():
+            zones.append(DirectoryZone(Path(member.path)))
+    return zones
+
+
+def _check_logs(store: Store, line: Line, catalog: Catalog) -> None:
+    for vdi in sorted(catalog.vdis.values(), key=lambda vdi: vdi.log):
+        check_log(store, line, vdi, catalog.heads.get(vdi.log))
+        store.report.checked["VDIs"] += 1
+    logs = {vdi.log for vdi in catalog.vdis.values()}
+    for folder in ("log", "checkpoint"):
+        for log in listing(store, folder, 6):
+            if log in logs or (log == 0 and folder == "log"):
+                continue
+            _report_ownerless(store, catalog, f"{folder}/{log:06x}", log)
+
+
+def _report_ownerless(store: Store, catalog: Catalog, folder: str, log: int) -> None:
+    """Objects of a log that no VDI has."""
+    for zone in store.everyone:
+        for text in store.zones[zone].list(folder):
+            name = f"{folder}/{text}"
+            if log >= catalog.next_log or log == 0:
+                store.add(
+                    Severity.FAULT, "unknown", "belongs to a log that the catalog does not know", zone=zone, name=name
+                )
+            elif log in catalog.garbage:
+                text = "belongs to a deleted VDI; the next start goes on removing it"
+                store.add(Severity.NOTE, "orphan", text, zone=zone, name=name, repair=Repair(zone, name))
+            else:
+                text = "belongs to a VDI whose deletion was complete"
+                store.add(Severity.FAULT, "orphan", text, zone=zone, name=name, repair=Repair(zone, name))
