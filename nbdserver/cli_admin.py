@@ -15,9 +15,10 @@ from nbdserver.cli_progress import progress
 from nbdserver.control_api import LockNote, Status
 from nbdserver.control_client import ControlClient, NoServer
 from objstore.errors import Busy, InvalidRequest, StoreError
+from objstore.volume.directories import lock_note, zone_paths
 from objstore.volume.settings import StoreSettings
 from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
-from objstore.volume.store import Store, lock_note, open_store, zone_paths
+from objstore.volume.store import Store, open_store
 
 WAIT_SECONDS: Final = 10.0
 """How long a command waits for zones that somebody is just opening or giving back."""

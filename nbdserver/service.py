@@ -30,8 +30,9 @@ from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtim
 from nbdserver.server import Listener, Server, ServerSettings
 from nbdserver.systemd import notify
 from objstore.errors import InvalidRequest, NotFound
+from objstore.volume.directories import zone_paths
 from objstore.volume.settings import StoreSettings
-from objstore.volume.store import Store, open_store, zone_paths
+from objstore.volume.store import Store, open_store
 
 LOG: Final = logging.getLogger(__name__)
 GC_THRESHOLD: Final = 50_000

@@ -52,13 +52,13 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.control_api": set(),
     "nbdserver.control": {"nbdserver.control_api"},
     "nbdserver.control_client": {"nbdserver.control_api"},
-    "nbdserver.service": SERVER | CONTROL | {"objstore.volume.store"},
+    "nbdserver.service": SERVER | CONTROL | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
     "nbdserver.cli_arguments": set(),
     "nbdserver.cli_progress": set(),
     "nbdserver.cli_output": CONTROL,
     "nbdserver.cli_copies": {"nbdserver.cli_admin", "nbdserver.cli_output"},
-    "nbdserver.cli_admin": CONTROL | {"nbdserver.cli_progress", "objstore.volume.store"},
+    "nbdserver.cli_admin": CONTROL | {"nbdserver.cli_progress", "objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli_check": {"nbdserver.cli_progress", "nbdserver.cli_output", "objstore.check"},
     "nbdserver.cli_commands": SERVER
     | {

@@ -4,8 +4,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,44 +13,27 @@ import msgspec
 from objstore.backend.base import Backend, ZoneFailed
 from objstore.backend.directory import DirectoryBackend
 from objstore.clock import Clock, SystemClock
-from objstore.errors import (
-    Busy,
-    Exists,
-    InvalidRequest,
-    NoSpace,
-    NotFound,
-    ReadOnly,
-    Stopping,
-    StoreError,
-    Unavailable,
-)
-from objstore.format.catalog import DeleteEntry, HeadEntry, PurgedEntry, StopEntry, VdiEntry
-from objstore.format.document import FORMAT_VERSION, Epoch, Member, Outside, Superblock
+from objstore.errors import Busy, Exists, InvalidRequest, NoSpace, NotFound, Stopping, StoreError, Unavailable
+from objstore.format.catalog import DeleteEntry, PurgedEntry, StopEntry, VdiEntry
+from objstore.format.document import Epoch
 from objstore.log.address import LOG_MAX
 from objstore.log.checkpoint import checkpoint_folder
-from objstore.log.damage import Damage
 from objstore.log.segment import log_folder
 from objstore.log.writer import segment_blocks
 from objstore.names import check_name
-from objstore.replica.members import absolute, read_superblock
+from objstore.replica.members import absolute
 from objstore.replica.zone import Executor, ThreadExecutor, run, run_long
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
-from objstore.version import VERSION
-from objstore.volume.base import Volume, VolumeInfo
-from objstore.volume.opening import close_disk, drop_garbage, min_copies, open_disk, purge_log, tail_rows
+from objstore.volume.base import VolumeInfo
+from objstore.volume.directories import other_zones, superblock_at
+from objstore.volume.opening import min_copies, purge_log
+from objstore.volume.openvdis import OpenVdis
 from objstore.volume.recovery import Recovery
 from objstore.volume.scrub import Scrub
 from objstore.volume.settings import MODES, StoreSettings, check_mode
 from objstore.volume.starting import Started, start_store
-from objstore.volume.status import (
-    DamagedRange,
-    RecoveryStatus,
-    ScrubStatus,
-    StoreStatus,
-    VdiDamage,
-    VdiStatus,
-    ZoneStatus,
-)
+from objstore.volume.status import DamagedRange, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus
+from objstore.volume.summary import store_status
 from objstore.volume.vdi import Vdi
 from objstore.volume.zones import Reopen, Zones
 
@@ -60,38 +42,19 @@ log = logging.getLogger(__name__)
 COPIES_DEFAULT_MAX: Final = 3
 
 
-class Store:
-    """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`.
-
-    `_open`: VDIs whose log is open, by vdi id. `_opening`: the tasks that open one; a second caller awaits the same.
-    `_closing`: the tasks that close one which only the store's own work had opened.
-    """
+class Store(OpenVdis):
+    """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:
-        env = started.env
-        self.env = env
-        self.membership = started.membership
-        self.catalog = started.catalog
+        super().__init__(started)
         self.unclean_stop = started.unclean
-        self.started = env.clock.wall()
+        self.started = self.env.clock.wall()
         self.places = started.places
-        self._force = started.forced
-        self._read_only = started.read_only
-        self._open: dict[int, Vdi] = {}
-        self._opening: dict[int, asyncio.Task[Vdi]] = {}
-        self._closing: dict[int, asyncio.Task[None]] = {}
-        self._failed: dict[int, str] = {}
-        self._damage: dict[int, Damage] = {}
-        """By log; it outlives the closing of a VDI."""
         self._creating: set[str] = set()
-        self._deleting: set[int] = set()
         self._purging: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._unused: dict[int, asyncio.Future[None]] = {}
         self.scrub = Scrub(self)
         self.recovery = Recovery(self)
         self.zones = Zones(self, self.places, lock_note, reopen)
-        env.reserved_bytes = self._reserved_bytes
 
     @property
     def epoch(self) -> Epoch:
@@ -112,135 +75,6 @@ class Store:
         entry = self.catalog.state.vdis[vdi_id]
         copies = "1 copy" if entry.copies == 1 else f"{entry.copies} copies"
         return VolumeInfo(name, entry.size_bytes, False, f"{entry.mode}, {copies}")
-
-    async def open(self, name: str) -> Volume:
-        """See VolumeSource."""
-        vdi = await self._vdi(self._entry(name))
-        vdi.attached += 1
-        self._open_preallocated()
-        return vdi
-
-    def _open_preallocated(self) -> None:
-        """Open every preallocated VDI in the background: only then its share of the space is known."""
-        for entry in self.catalog.state.vdis.values():
-            known = self._open.keys() | self._opening.keys() | self._failed.keys() | self._deleting
-            if entry.prealloc and entry.vdi_id not in known:
-                self._begin_opening(entry)
-
-    def _begin_opening(self, entry: VdiEntry) -> asyncio.Task[Vdi]:
-        task = self._opening[entry.vdi_id] = self.env.loop.create_task(self._open_vdi(entry))
-        task.add_done_callback(_noted)
-        return task
-
-    def _reserved_bytes(self, log_number: int) -> int:
-        return sum(vdi.reserved_bytes for vdi in self._open.values() if vdi.disk.log != log_number)
-
-    async def close(self, volume: Volume) -> None:
-        """See VolumeSource."""
-        assert isinstance(volume, Vdi)
-        volume.attached -= 1
-        if not volume.attached and volume.disk.writer.error is None:
-            volume.disk.writer.request_sync()
-
-    def _check_open(self) -> None:
-        if self._stopping:
-            raise Stopping("the store is closing")
-        if self._read_only:
-            raise ReadOnly("the store was opened to look at it only")
-
-    def _entry(self, name: str) -> VdiEntry:
-        self._check_open()
-        vdi_id = self.catalog.state.names.get(name)
-        if vdi_id is None or vdi_id in self._deleting:
-            raise NotFound(f"there is no VDI {name!r}")
-        return self.catalog.state.vdis[vdi_id]
-
-    # -- VDIs for the store's own work --------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def using(self, entry: VdiEntry) -> AsyncIterator[Vdi]:
-        """The VDI, open, for work of the store's own; its deletion waits for the end of it. If nobody had it open
-        before and nobody has then, it is closed again. NotFound: it is being deleted."""
-        was_open = entry.vdi_id in self._open or entry.vdi_id in self._opening
-        vdi = await self._vdi(entry)
-        with self.holding(entry.log) as held:
-            if held is None:
-                raise NotFound(f"VDI {entry.name!r} is being deleted")
-            yield vdi
-        if not (was_open or vdi.attached or vdi.users or vdi.prealloc or self._stopping or self.leaving(entry.vdi_id)):
-            task = self._closing[entry.vdi_id] = self.env.loop.create_task(self._close_vdi(vdi))
-            await asyncio.shield(task)
-
-    @contextmanager
-    def holding(self, log_number: int) -> Iterator[Vdi | None]:
-        """The VDI of a log, if it is open and not being deleted, which waits until this ends; else None."""
-        vdi = next((v for i, v in self._open.items() if v.disk.log == log_number and i not in self._deleting), None)
-        if vdi is None:
-            yield None
-            return
-        vdi.users += 1
-        try:
-            yield vdi
-        finally:
-            vdi.users -= 1
-            waiter = self._unused.get(log_number)
-            if not vdi.users and waiter is not None and not waiter.done():
-                waiter.set_result(None)
-
-    def leaving(self, vdi_id: int) -> bool:
-        """Whether work on this VDI should end soon, because it is to be deleted or the store closes."""
-        return self._stopping or vdi_id in self._deleting or vdi_id not in self.catalog.state.vdis
-
-    async def _close_vdi(self, vdi: Vdi) -> None:
-        """Close one VDI that nobody uses; what goes wrong the next opening puts right."""
-        vdi_id = self.catalog.state.names[vdi.name]
-        del self._open[vdi_id]
-        try:
-            await vdi.close(Stopping("the VDI is being closed"))
-            await self.catalog.commit(self._closed_head(vdi))
-        except StoreError as error:
-            log.warning("VDI %s was not closed in good order: %s", vdi.name, error)
-        finally:
-            self._forget_segments(vdi)
-            del self._closing[vdi_id]
-
-    def _forget_segments(self, vdi: Vdi) -> None:
-        for segment in [*vdi.disk.segments.values(), *(segment for segment, _ in vdi.disk.dead.values())]:
-            self.env.segments.pop(segment.key, None)
-            segment.close_handles()
-
-    async def _vdi(self, entry: VdiEntry) -> Vdi:
-        while entry.vdi_id in self._closing:
-            await asyncio.wait([self._closing[entry.vdi_id]])
-        vdi = self._open.get(entry.vdi_id)
-        if vdi is not None:
-            return vdi
-        task = self._opening.get(entry.vdi_id)
-        if task is None:
-            task = self._begin_opening(entry)
-        return await asyncio.shield(task)
-
-    async def _open_vdi(self, entry: VdiEntry) -> Vdi:
-        env = self.env
-        try:
-            head = self.catalog.state.heads.get(entry.log)
-            opened = await open_disk(env, self.membership, entry, head, force=self._force)
-            try:
-                await self.catalog.commit(opened.head)
-                await drop_garbage(env, entry.log, opened.garbage)
-            except StoreError:
-                await close_disk(opened.disk)
-                raise
-        except StoreError as error:
-            self._failed[entry.vdi_id] = str(error)
-            raise
-        finally:
-            del self._opening[entry.vdi_id]
-        self._failed.pop(entry.vdi_id, None)
-        opened.disk.damage = self._damage.setdefault(entry.log, opened.disk.damage)
-        vdi = Vdi(entry, opened.disk, opened.keeper)
-        self._open[entry.vdi_id] = vdi
-        return vdi
 
     # -- administration -----------------------------------------------------------------------------------------
 
@@ -471,88 +305,7 @@ class Store:
 
     async def status(self) -> StoreStatus:
         """The store as a whole; the zones are asked for their space outside the event loop."""
-        env = self.env
-        epoch = self.membership.epoch
-        vdis = self.vdis()
-        scrub = self.scrub.status()
-        reasons = [f"VDI {vdi.name}: {vdi.reason}" for vdi in vdis if vdi.state == "failed"]
-        if self.catalog.error is not None:
-            reasons.append(f"catalog: {self.catalog.error}")
-        failing = {zone.index: zone.error for zone in env.zones if zone.error is not None}
-        stopped = bool(reasons) or not failing.keys().isdisjoint(env.in_service)
-        reasons += [f"{env.zones[z]!r}: {error}" for z, error in failing.items() if z in env.in_service]
-        reasons += [f"zone {zone.path} is out since epoch {zone.since}: {zone.reason}" for zone in epoch.out]
-        late = env.watch.late if env.watch is not None else ()
-        reasons += [f"{env.zones[z]!r} is late, and can't be done without" for z in sorted(late)]
-        reasons += [f"{zone!r} failed {zone.read_errors} reads" for zone in env.zones if zone.read_errors]
-        reasons += self._fewer_copies()
-        reasons += [
-            f"VDI {vdi.name}: {vdi.damaged_bytes} bytes are damaged in every copy (sheepfold vdi damage {vdi.name})"
-            for vdi in vdis
-            if vdi.damaged_bytes
-        ]
-        if scrub.copies_unrepaired:
-            reasons.append(f"{scrub.copies_unrepaired} bad copies could not be replaced")
-        recovery = self.recovery.status()
-        if recovery.copies_missing:
-            reasons.append(f"{recovery.copies_missing} copies are missing")
-        if recovery.objects_unreachable:
-            reasons.append(f"{recovery.objects_unreachable} objects have no copy in service")
-        reasons += [f"recovery: {problem}" for problem in recovery.problems]
-        zones = [
-            *(await asyncio.gather(*(self._member_status(member) for member in epoch.members))),
-            *(_out_status(zone) for zone in epoch.out),
-        ]
-        zones.sort(key=lambda zone: zone.number)
-        return StoreStatus(
-            store_id=env.store_id.hex(),
-            format_version=FORMAT_VERSION,
-            health="stopped" if stopped else "degraded" if reasons else "ok",
-            reasons=reasons,
-            zones=zones,
-            epoch=epoch.number,
-            vdis=len(self.catalog.state.vdis),
-            dirty_bytes=env.dirty_bytes,
-            dirty_bytes_max=env.dirty_bytes_max,
-            map_bytes=env.maps.loaded_bytes,
-            map_bytes_max=env.maps.limit_bytes,
-            map_waiting=env.maps.waiting,
-            unclean_stop=self.unclean_stop,
-            started=self.started,
-            version=VERSION,
-            scrub=scrub,
-            recovery=recovery,
-        )
-
-    def _fewer_copies(self) -> list[str]:
-        """One line for each open VDI that has segments with fewer copies in service than it asks for."""
-        env = self.env
-        lines = []
-        for vdi in self._open.values():
-            wanted = vdi.disk.writer.copies
-            fewer = sum(len(env.serving(s.zones)) < wanted for s in vdi.disk.segments.values())
-            if fewer:
-                lines.append(f"VDI {vdi.name}: {fewer} segments have fewer than {wanted} copies in service")
-        return lines
-
-    async def _member_status(self, member: Member) -> ZoneStatus:
-        env = self.env
-        zone = env.zones[member.number]
-        try:
-            used, free = await run_long(env.executor, member.number, measure, zone.backend)
-        except StoreError:
-            used = free = 0
-        return ZoneStatus(
-            number=member.number,
-            id=member.id,
-            path=member.path,
-            state=member.state if zone.error is None else "failed",
-            reason="" if zone.error is None else str(zone.error),
-            weight=member.weight,
-            used_bytes=used,
-            free_bytes=free,
-            epoch=self.membership.epoch.number,
-        )
+        return await store_status(self)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -599,50 +352,6 @@ class Store:
                 place.backend.close()
         if failed:
             raise Unavailable("not everything could be made durable: " + "; ".join(failed))
-
-    def _head(self, log_number: int) -> HeadEntry | None:
-        return self.catalog.state.heads.get(log_number)
-
-    def _closed_head(self, vdi: Vdi) -> HeadEntry:
-        disk, keeper = vdi.disk, vdi.keeper
-        return HeadEntry(
-            log=disk.log,
-            generation=disk.writer.generation,
-            tail=tail_rows(disk, min(keeper.previous_next_segment, keeper.next_segment)),
-            first_number=disk.writer.next_number,
-            checkpoint=keeper.durable_number,
-            clean=True,
-            epoch=self.membership.epoch.id,
-            copies=min(disk.writer.copies, head.copies) if (head := self._head(disk.log)) else disk.writer.copies,
-        )
-
-
-def _out_status(zone: Outside) -> ZoneStatus:
-    return ZoneStatus(
-        number=zone.number,
-        id=zone.id,
-        path=zone.path,
-        state="out",
-        reason=zone.reason,
-        weight=zone.weight,
-        used_bytes=0,
-        free_bytes=0,
-        epoch=zone.since - 1,
-    )
-
-
-def _noted(task: asyncio.Task[Vdi]) -> None:
-    """Why a VDI could not be opened is in its status; whoever waits for it gets the error from the task."""
-    if not task.cancelled():
-        task.exception()
-
-
-def measure(backend: Backend) -> tuple[int, int]:
-    """In a zone's thread: (bytes used, bytes free); zeros if the zone can't say."""
-    try:
-        return backend.used_bytes(), backend.free_bytes()
-    except StoreError:
-        return 0, 0
 
 
 async def open_zones(
@@ -719,8 +428,8 @@ async def open_store(
     for path in names:
         if names.count(path) > 1:
             raise InvalidRequest(f"{path} is given twice")
-    names += _others(names)
-    if create and all(_superblock_at(path) is None for path in names):
+    names += other_zones(names)
+    if create and all(superblock_at(path) is None for path in names):
         for path in names:
             try:
                 os.makedirs(path, exist_ok=True)
@@ -752,68 +461,3 @@ async def open_store(
         for backend, _ in backends:
             backend.close()
         raise
-
-
-def _others(names: Sequence[str]) -> list[str]:
-    """Directories of zones of the same store that were not given, as far as they are where they were last seen."""
-    here: set[str] = set()
-    hints: dict[str, str] = {}
-    for path in names:
-        block = _superblock_at(path)
-        if block is not None:
-            here.add(block.zone)
-            hints.update({member.id: member.path for member in block.members})
-    others = []
-    for zone, path in hints.items():
-        if zone not in here and path not in names:
-            block = _superblock_at(path)
-            if block is not None and block.zone == zone:
-                others.append(path)
-    return others
-
-
-def _superblock_at(path: str) -> Superblock | None:
-    """What the directory says it is; None if that can't be read."""
-    try:
-        backend = DirectoryBackend(path)
-    except StoreError:
-        return None
-    try:
-        return read_superblock(backend, path)
-    except StoreError:
-        return None
-    finally:
-        backend.close()
-
-
-def _check_directory(path: str) -> None:
-    if not os.path.isdir(path):
-        raise NotFound(f"{path} is no directory")
-
-
-def zone_paths(zone: Path | str) -> list[Path]:
-    """The directories of all zones of the store that this one belongs to. NotFound: it belongs to none."""
-    path = absolute(zone)
-    _check_directory(path)
-    backend = DirectoryBackend(path)
-    try:
-        block = read_superblock(backend, path)
-    finally:
-        backend.close()
-    if block is None:
-        raise NotFound(f"{path} is no zone of a store")
-    return [Path(path) if member.id == block.zone else Path(member.path) for member in block.members]
-
-
-def lock_note(zone: Path | str) -> str | None:
-    """The note of the process that has this zone's store open; None if nobody has. NotFound: no such directory."""
-    path = absolute(zone)
-    _check_directory(path)
-    backend = DirectoryBackend(path)
-    try:
-        return backend.lock_note()
-    finally:
-        backend.close()
-
-
-__all__ = ["Store", "lock_note", "open_store", "open_zones", "zone_paths"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from objstore.volume.store import lock_note
+from objstore.volume.directories import lock_note
 from tests.crash.load import check_image, write_until_gone
 from tests.crash.server import RealServer
 from tests.support.clients import find, run, unavailable

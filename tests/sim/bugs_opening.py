@@ -16,7 +16,7 @@ import objstore.log.keeper
 import objstore.log.opening
 import objstore.log.reader
 import objstore.volume.opening
-import objstore.volume.store
+import objstore.volume.openvdis
 from objstore.backend.base import Backend, Handle
 from objstore.format.record import Flag
 from objstore.format.segment import DirectoryBuilder
@@ -242,7 +242,7 @@ OPENING = {
     "one-seal-for-all": [patch(objstore.log.opening, "seal_of", lambda *args: _Whatever())],
     "numbers-again": [patch(_VOLUME, "read_tail", _numbers_again)],
     "log-number-again": [patch(CatalogState, "apply", _log_number_again)],
-    "garbage-before-head": [patch(objstore.volume.store, "open_disk", _garbage_before_head)],
+    "garbage-before-head": [patch(objstore.volume.openvdis, "open_disk", _garbage_before_head)],
     "parts-without-last": [patch(Replay, "_part", _every_part_counts)],
     "replay-keeps-first": [patch(objstore.log.blockmap, "keep_last", _keep_first)],
     # The head's checkpoint is the smaller of two: the newest one may have its name in the page cache alone.

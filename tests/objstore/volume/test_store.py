@@ -10,7 +10,8 @@ from objstore.backend.base import ZoneFailed
 from objstore.errors import Busy, Corrupt, Exists, FormatError, InvalidRequest, NotFound, Stopping, Unavailable
 from objstore.names import NAME_BYTES_MAX
 from objstore.units import KIB, MIB, VDI_BYTES_MAX
-from objstore.volume.store import lock_note, open_store, zone_paths
+from objstore.volume.directories import lock_note, zone_paths
+from objstore.volume.store import open_store
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import ModelDisk
 from tests.support.stepping import World, failing, turns

@@ -1,0 +1,194 @@
+"""The VDIs of a store whose logs are open: opening them once for everybody, holding them, closing them again."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from objstore.errors import NotFound, ReadOnly, Stopping, StoreError
+from objstore.format.catalog import HeadEntry, VdiEntry
+from objstore.log.damage import Damage
+from objstore.volume.base import Volume
+from objstore.volume.opening import close_disk, drop_garbage, open_disk, tail_rows
+from objstore.volume.starting import Started
+from objstore.volume.vdi import Vdi
+
+log = logging.getLogger(__name__)
+
+
+class OpenVdis:
+    """What a store keeps of open VDIs. Touched by the event loop only.
+
+    `_open`: VDIs whose log is open, by vdi id. `_opening`: the tasks that open one; a second caller awaits the same.
+    `_closing`: the tasks that close one which only the store's own work had opened.
+    """
+
+    def __init__(self, started: Started) -> None:
+        self.env = started.env
+        self.membership = started.membership
+        self.catalog = started.catalog
+        self._force = started.forced
+        self._read_only = started.read_only
+        self._open: dict[int, Vdi] = {}
+        self._opening: dict[int, asyncio.Task[Vdi]] = {}
+        self._closing: dict[int, asyncio.Task[None]] = {}
+        self._failed: dict[int, str] = {}
+        self._damage: dict[int, Damage] = {}
+        """By log; it outlives the closing of a VDI."""
+        self._deleting: set[int] = set()
+        self._stopping = False
+        self._unused: dict[int, asyncio.Future[None]] = {}
+        self.env.reserved_bytes = self._reserved_bytes
+
+    async def open(self, name: str) -> Volume:
+        """See VolumeSource."""
+        vdi = await self._vdi(self._entry(name))
+        vdi.attached += 1
+        self._open_preallocated()
+        return vdi
+
+    def _open_preallocated(self) -> None:
+        """Open every preallocated VDI in the background: only then its share of the space is known."""
+        for entry in self.catalog.state.vdis.values():
+            known = self._open.keys() | self._opening.keys() | self._failed.keys() | self._deleting
+            if entry.prealloc and entry.vdi_id not in known:
+                self._begin_opening(entry)
+
+    def _begin_opening(self, entry: VdiEntry) -> asyncio.Task[Vdi]:
+        task = self._opening[entry.vdi_id] = self.env.loop.create_task(self._open_vdi(entry))
+        task.add_done_callback(_noted)
+        return task
+
+    def _reserved_bytes(self, log_number: int) -> int:
+        return sum(vdi.reserved_bytes for vdi in self._open.values() if vdi.disk.log != log_number)
+
+    async def close(self, volume: Volume) -> None:
+        """See VolumeSource."""
+        assert isinstance(volume, Vdi)
+        volume.attached -= 1
+        if not volume.attached and volume.disk.writer.error is None:
+            volume.disk.writer.request_sync()
+
+    def open_vdis(self) -> list[Vdi]:
+        """Those whose log is open."""
+        return list(self._open.values())
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise Stopping("the store is closing")
+        if self._read_only:
+            raise ReadOnly("the store was opened to look at it only")
+
+    def _entry(self, name: str) -> VdiEntry:
+        self._check_open()
+        vdi_id = self.catalog.state.names.get(name)
+        if vdi_id is None or vdi_id in self._deleting:
+            raise NotFound(f"there is no VDI {name!r}")
+        return self.catalog.state.vdis[vdi_id]
+
+    @asynccontextmanager
+    async def using(self, entry: VdiEntry) -> AsyncIterator[Vdi]:
+        """The VDI, open, for work of the store's own; its deletion waits for the end of it. If nobody had it open
+        before and nobody has then, it is closed again. NotFound: it is being deleted."""
+        was_open = entry.vdi_id in self._open or entry.vdi_id in self._opening
+        vdi = await self._vdi(entry)
+        with self.holding(entry.log) as held:
+            if held is None:
+                raise NotFound(f"VDI {entry.name!r} is being deleted")
+            yield vdi
+        if not (was_open or vdi.attached or vdi.users or vdi.prealloc or self._stopping or self.leaving(entry.vdi_id)):
+            task = self._closing[entry.vdi_id] = self.env.loop.create_task(self._close_vdi(vdi))
+            await asyncio.shield(task)
+
+    @contextmanager
+    def holding(self, log_number: int) -> Iterator[Vdi | None]:
+        """The VDI of a log, if it is open and not being deleted, which waits until this ends; else None."""
+        vdi = next((v for i, v in self._open.items() if v.disk.log == log_number and i not in self._deleting), None)
+        if vdi is None:
+            yield None
+            return
+        vdi.users += 1
+        try:
+            yield vdi
+        finally:
+            vdi.users -= 1
+            waiter = self._unused.get(log_number)
+            if not vdi.users and waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+    def leaving(self, vdi_id: int) -> bool:
+        """Whether work on this VDI should end soon, because it is to be deleted or the store closes."""
+        return self._stopping or vdi_id in self._deleting or vdi_id not in self.catalog.state.vdis
+
+    async def _close_vdi(self, vdi: Vdi) -> None:
+        """Close one VDI that nobody uses; what goes wrong the next opening puts right."""
+        vdi_id = self.catalog.state.names[vdi.name]
+        del self._open[vdi_id]
+        try:
+            await vdi.close(Stopping("the VDI is being closed"))
+            await self.catalog.commit(self._closed_head(vdi))
+        except StoreError as error:
+            log.warning("VDI %s was not closed in good order: %s", vdi.name, error)
+        finally:
+            self._forget_segments(vdi)
+            del self._closing[vdi_id]
+
+    def _forget_segments(self, vdi: Vdi) -> None:
+        for segment in [*vdi.disk.segments.values(), *(segment for segment, _ in vdi.disk.dead.values())]:
+            self.env.segments.pop(segment.key, None)
+            segment.close_handles()
+
+    async def _vdi(self, entry: VdiEntry) -> Vdi:
+        while entry.vdi_id in self._closing:
+            await asyncio.wait([self._closing[entry.vdi_id]])
+        vdi = self._open.get(entry.vdi_id)
+        if vdi is not None:
+            return vdi
+        task = self._opening.get(entry.vdi_id)
+        if task is None:
+            task = self._begin_opening(entry)
+        return await asyncio.shield(task)
+
+    async def _open_vdi(self, entry: VdiEntry) -> Vdi:
+        env = self.env
+        try:
+            head = self.catalog.state.heads.get(entry.log)
+            opened = await open_disk(env, self.membership, entry, head, force=self._force)
+            try:
+                await self.catalog.commit(opened.head)
+                await drop_garbage(env, entry.log, opened.garbage)
+            except StoreError:
+                await close_disk(opened.disk)
+                raise
+        except StoreError as error:
+            self._failed[entry.vdi_id] = str(error)
+            raise
+        finally:
+            del self._opening[entry.vdi_id]
+        self._failed.pop(entry.vdi_id, None)
+        opened.disk.damage = self._damage.setdefault(entry.log, opened.disk.damage)
+        vdi = Vdi(entry, opened.disk, opened.keeper)
+        self._open[entry.vdi_id] = vdi
+        return vdi
+
+    def _head(self, log_number: int) -> HeadEntry | None:
+        return self.catalog.state.heads.get(log_number)
+
+    def _closed_head(self, vdi: Vdi) -> HeadEntry:
+        disk, keeper = vdi.disk, vdi.keeper
+        return HeadEntry(
+            log=disk.log,
+            generation=disk.writer.generation,
+            tail=tail_rows(disk, min(keeper.previous_next_segment, keeper.next_segment)),
+            first_number=disk.writer.next_number,
+            checkpoint=keeper.durable_number,
+            clean=True,
+            epoch=self.membership.epoch.id,
+            copies=min(disk.writer.copies, head.copies) if (head := self._head(disk.log)) else disk.writer.copies,
+        )
+
+
+def _noted(task: asyncio.Task[Vdi]) -> None:
+    """Why a VDI could not be opened is in its status; whoever waits for it gets the error from the task."""
+    if not task.cancelled():
+        task.exception()
