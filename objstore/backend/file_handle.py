@@ -109,7 +109,7 @@ class FileHandle(Handle):
                 _write(self._pwritev, fd, buffers, offset_bytes, want, 0)
             except OSError as error:
                 if error.errno not in (EINVAL, EOPNOTSUPP):
-                    raise self._failed(error, "write_around") from error
+                    raise self._failed(error, "write_around", written_back=False) from error
                 self._cached_only = True
             else:
                 return

@@ -26,8 +26,6 @@ FULL_RETRY_SECONDS: Final = 0.5
 """Until a write into allocated space that found the zone full is made again (file systems that copy on write)."""
 SHARED_BYTES_MAX: Final = 256 << 10
 """Synced jobs up to this size of zones on one file system share a thread."""
-SEALS_WAITING_MAX: Final = 4
-"""Segments whose seal alone is not synced yet, in one zone."""
 Step = tuple[Any, ...]
 """A blocking call and its arguments."""
 
@@ -76,9 +74,10 @@ class LaneOwner(Protocol):
 class Lane:
     """One log's way to one zone: at most one job under way; what has gathered meanwhile is the next job.
 
-    queue: records and seals not yet handed over. seals: those whose segments await a sync. unsynced: handed over and
-    written, not covered by a sync. job: what is
-    under way. stopped: the zone failed and will be put out, or is full for the moment. gone: it is out of service.
+    queue: records and seals not yet handed over, in log order. seals: taken from it, and waiting for the sync of their
+    segments' records, all of which were taken before. unsynced: handed over and written, not covered by a sync. job:
+    what is under way. stopped: the zone failed and will be put out, or is full for the moment. gone: it is out of
+    service.
     """
 
     def __init__(self, writer: LaneOwner, zone: int) -> None:
@@ -166,8 +165,8 @@ class Lane:
             size += item.blocks << BLOCK_SHIFT
             dirty[segment] = True
             written.append(item)
-        to_sync = self._to_sync(dirty) if sync else {}
-        rest: list[Step] = [(segment.handles[self.zone].sync,) for segment in to_sync]
+        to_sync = self._to_sync(dirty) if sync else set()
+        rest: list[Step] = [(segment.handles[self.zone].sync,) for segment in dirty if segment in to_sync]
         synced = [item for item in itertools.chain(self.unsynced, written) if item.segment in to_sync]
         rest += self._seal_steps(dirty, to_sync, written, synced)
         if not begin and not rest:
@@ -183,23 +182,22 @@ class Lane:
         self.job = Job(steps, soon, rest if sync and size <= SHARED_BYTES_MAX else [], written, synced)
         return self.job
 
-    def _to_sync(self, dirty: dict[Segment, bool]) -> dict[Segment, bool]:
-        """Of the segments with something unsynced, in log order, those that a sync is due for. Seals alone can wait:
-        nothing but a checkpoint needs them, and syncs one right after the other cost little more than one."""
+    def _to_sync(self, dirty: dict[Segment, bool]) -> set[Segment]:
+        """Of the segments with something unsynced those that a sync is due for. Seals alone can wait until the writer
+        wants them: syncs one right after the other cost little more than one."""
         target = self.writer.seal_target
-        if sum(not records for records in dirty.values()) > SEALS_WAITING_MAX:
-            return dirty
-        return {segment: records for segment, records in dirty.items() if records or segment.number <= target}
+        return {segment for segment, records in dirty.items() if records or segment.number <= target}
 
     def _seal_steps(
         self,
         dirty: dict[Segment, bool],
-        to_sync: dict[Segment, bool],
+        to_sync: set[Segment],
         written: "list[Record | Seal]",
         synced: "list[Record | Seal]",
     ) -> list[Step]:
         """Write the seals whose segments have nothing unsynced by then; sync those that are wanted."""
-        steps: list[Step] = []
+        writes: list[Step] = []
+        syncs: list[Step] = []
         waiting: list[Seal] = []
         target = self.writer.seal_target
         for seal in self.seals:
@@ -208,15 +206,15 @@ class Lane:
                 waiting.append(seal)
                 continue
             handle = segment.handles[self.zone]
-            steps.append((handle.write, seal.offset_bytes, [memoryview(seal.data)]))
+            writes.append((handle.write, seal.offset_bytes, [memoryview(seal.data)]))
             if seal.truncate_bytes:
-                steps.append((handle.truncate, seal.truncate_bytes))
+                writes.append((handle.truncate, seal.truncate_bytes))
             written.append(seal)
             if segment.number <= target:
-                steps.append((handle.sync,))
+                syncs.append((handle.sync,))
                 synced.append(seal)
         self.seals = waiting
-        return steps
+        return writes + syncs
 
     def finished(self, job: Job, error: BaseException | None) -> None:
         """The job has ended; what gathered meanwhile is started by the caller."""
@@ -227,7 +225,9 @@ class Lane:
         if error is not None:
             self.stopped = True
             if isinstance(error, NoSpace):
-                self.queue.extendleft(reversed(job.written))
+                # The seals too: the next job may take only a part of the records, and a seal goes behind all of them.
+                self.queue.extendleft(reversed([*job.written, *self.seals]))
+                self.seals.clear()
                 self.writer.env.loop.call_later(FULL_RETRY_SECONDS, self._again)
                 self.writer.zone_full(self.zone, error)
             else:

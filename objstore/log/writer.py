@@ -232,18 +232,17 @@ class LogWriter:
             return min(blocks, RECORD_DATA_BLOCKS_MAX) or 1
         if left >= SPLIT_BLOCKS_MIN and not whole:
             return min(left, RECORD_DATA_BLOCKS_MAX)
-        if self._prepared and len(self.unsealed) < UNSEALED_MAX:
-            return min(blocks, RECORD_DATA_BLOCKS_MAX, self.fresh_room) or 1
-        return 0
+        next_room = self._next_room
+        return (min(blocks, next_room) or 1) if next_room else 0
 
     def batch_room(self, blocks: int) -> int:
-        """Of `blocks` data blocks, how many one record takes now; 0: none, wait for `make_room`."""
+        """Of `blocks` data blocks, how many one `append_moves` may take now; 0: none, wait for `make_room`."""
         if self.error is not None:
             raise self.error
         left = self._segment_room()
         if left >= min(blocks, SPLIT_BLOCKS_MIN):
             return min(left, blocks)
-        return min(blocks, self.fresh_room) if self._prepared else 0
+        return min(blocks, self._next_room)
 
     def room_for_batch(self, blocks: int) -> bool:
         """Whether several `append`s of `blocks` data blocks in all, and of no more tables than one header page holds,
@@ -251,14 +250,17 @@ class LogWriter:
         if self.error is not None:
             raise self.error
         blocks = max(1, blocks)
-        if self._segment_room() >= blocks:
-            return True
-        return bool(self._prepared) and len(self.unsealed) < UNSEALED_MAX and self.fresh_room >= blocks
+        return max(self._segment_room(), self._next_room) >= blocks
 
     @property
     def fresh_room(self) -> int:
         """Data blocks that the first record of a new segment takes."""
         return min(RECORD_DATA_BLOCKS_MAX, self.segment_blocks - 2 - 1 - DIRECTORY_MARGIN_PAGES)
+
+    @property
+    def _next_room(self) -> int:
+        """Data blocks that the first record of the next segment takes; 0: that can't be opened now."""
+        return self.fresh_room if self._prepared and len(self.unsealed) < UNSEALED_MAX else 0
 
     def _segment_room(self) -> int:
         """Data blocks that one more record could take in the open segment, the record being gathered cut first."""
@@ -556,7 +558,7 @@ class LogWriter:
     def append_moves(
         self, lbas: list[int], counts: list[int], crcs: list[int], sources: list[int]
     ) -> tuple[int, memoryview]:
-        """Runs of moved blocks, one MOVE each, in one record; `room_for_batch(len(crcs))` was asked in this loop turn.
+        """Runs of moved blocks, one MOVE each, in one record; `batch_room` gave at least len(crcs) in this loop turn.
 
         lbas, counts: first block and blocks of each run. crcs, sources: block by block. Returns the entry of the first
         block (those of the others follow) and where the data belongs, which the caller puts there in this loop turn.
@@ -567,7 +569,7 @@ class LogWriter:
             self._next_record(blocks)
         record = self._record
         assert record is not None
-        assert self._data + blocks <= self._limit, "room_for_batch() was asked"
+        assert self._data + blocks <= self._limit, "batch_room() was asked"
         assert self._table_bytes + table <= TABLE_BYTES_MAX
         at = record.blocks
         into = record.view[at << BLOCK_SHIFT : (at + blocks) << BLOCK_SHIFT]

@@ -517,14 +517,16 @@ def test_after_a_failed_sync_the_handle_is_not_believed(fs: FakeFileSystem) -> N
     assert handle.read(0, [memoryview(bytearray(1))]) == 1
 
 
-def test_a_write_that_found_no_space_may_be_repeated(fs: FakeFileSystem) -> None:
+@pytest.mark.parametrize("call", ["write", "write_soon", "write_around", "write_durable"])
+def test_a_write_that_found_no_space_may_be_repeated(fs: FakeFileSystem, call: str) -> None:
     """As on file systems that copy on write: allocated does not mean reserved there."""
     handle = DirectoryBackend(ZONE, fs=fs).create("a", SIZE)
+    data = views(b"x" * 4096)
     fail_at(fs, "pwritev", errno.ENOSPC)
     with pytest.raises(NoSpace):
-        handle.write(0, views(b"x"))
+        getattr(handle, call)(0, data)
     fs.before_call = None
-    handle.write(0, views(b"x"))
+    getattr(handle, call)(0, data)
     handle.sync()
 
 

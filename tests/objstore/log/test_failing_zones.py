@@ -11,7 +11,7 @@ from objstore.format.segment import decode_segment_header
 from objstore.log.env import BUFFER_BYTES, Env
 from objstore.log.segment import segment_name
 from objstore.log.tail import look_at
-from objstore.log.writer import LogWriter
+from objstore.log.writer import UNSEALED_MAX, LogWriter
 from objstore.units import BLOCK_BYTES, KIB, MIB
 from objstore.volume.settings import StoreSettings
 from tests.conftest import ExpectedWarnings
@@ -528,6 +528,42 @@ async def test_a_write_into_allocated_space_that_finds_none_is_made_again(
         assert membership.in_service == {0, 1}
 
 
+async def test_a_seal_stays_behind_its_records_when_they_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them the next job takes."""
+    monkeypatch.setattr("objstore.log.lane.FULL_RETRY_SECONDS", 0.01)
+    env = make_env(1)
+    async with writer_on(env) as writer:
+        await written(writer, 1)
+        name = open_segment(writer).name
+        await turns()  # the next segment is made
+        backend = backend_of(env, 0)
+        executor_of(env).hold(0)
+        for lba in range(1, 5):  # the first is handed over alone, the others and the seal together
+            await put(writer, lba)
+            writer.cut()
+        writer.finish_segment()
+        executor_of(env).step(0)
+
+        def fault(call: str, name: str) -> None:
+            if call in ("write", "write_durable"):
+                raise NoSpace("the zone is full")
+
+        backend.fault = fault
+        executor_of(env).step(0)
+        backend.fault = lambda call, name: None
+        assert backend.calls[-1][:2] == ("write", name), "the first one is there"
+        backend.calls.clear()
+        monkeypatch.setattr("objstore.log.lane.JOB_BYTES_MAX", 1)
+        executor_of(env).release(0)
+        await writer.sealed_below(1)
+        calls = [(call, offset) for call, found, offset in backend.calls if found == name]
+        *body, seal = [offset for call, offset in calls if call in ("write", "write_durable")]
+        assert len(body) == 3
+        assert body == sorted(body)
+        assert seal > body[-1]
+        assert calls[-3:] == [("write", seal), ("truncate", seal + BLOCK_BYTES), ("sync", 0)]
+
+
 async def test_segments_go_elsewhere_when_a_zone_is_full_and_others_are_not() -> None:
     env = make_env(3)
     async with writer_on(env, place=placed(env, 2)) as writer:
@@ -564,16 +600,26 @@ async def test_a_sync_that_finds_no_space_is_not_made_again() -> None:
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
-async def test_segments_that_are_not_sealed_durably_are_bounded() -> None:
+async def test_segments_that_are_not_sealed_durably_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments are made, and one zone takes no records: writes wait, and so does collection."""
+    monkeypatch.setattr("objstore.log.lane.FULL_RETRY_SECONDS", 0.01)
     env = make_env(2, settings=StoreSettings(segment_bytes=256 * KIB, dirty_age_seconds=60.0, dirty_bytes_max=64 * MIB))
     async with writer_on(env) as writer:
         await written(writer, 1)
-        executor_of(env).hold(1)
+        backend = backend_of(env, 1)
+
+        def fault(call: str, name: str) -> None:
+            if call == "write" and backend.calls[-1][:2] != ("create", name):
+                raise NoSpace("the zone is full")
+
+        backend.fault = fault
         backlog = asyncio.create_task(fill(writer, 4000))
         await turns(3000)
         assert not backlog.done()
-        assert len(writer.unsealed) <= 8
-        executor_of(env).release(1)
+        assert len(writer.unsealed) == UNSEALED_MAX
+        assert writer._prepared, "it is not for want of a segment"
+        assert (writer.room(16, whole=True), writer.batch_room(160), writer.room_for_batch(16)) == (0, 0, False)
+        backend.fault = lambda call, name: None
         await backlog
         await writer.flush()
 
