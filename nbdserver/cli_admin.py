@@ -12,8 +12,8 @@ import msgspec
 import uvloop
 
 from nbdserver.cli_progress import progress
-from nbdserver.control_api import LockNote, Status
 from nbdserver.control_client import ControlClient, NoServer
+from objstore.access.api import LockNote, Status
 from objstore.errors import Busy, InvalidRequest, StoreError
 from objstore.volume.directories import lock_note, zone_paths
 from objstore.volume.settings import StoreSettings

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from nbdserver.control_api import Status
+from objstore.access.api import Status
 from objstore.units import format_size
 from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
 

@@ -1,7 +1,7 @@
-"""The control socket of a running server: HTTP and JSON on a Unix socket of mode 0600 (control_api.py has the table).
+"""The control socket of a running server: HTTP and JSON on a Unix socket of mode 0600.
 
-Runs in the server's own event loop; every handler either answers from memory or awaits the store. Who may open the
-socket may do everything: the file's mode is the access control.
+GET /v1/openapi.json describes it (operations.py). Runs in the server's own event loop; every handler either answers
+from memory or awaits the store. Who may open the socket may do everything: the file's mode is the access control.
 """
 
 import logging
@@ -10,13 +10,14 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from nbdserver.control_api import (
+from nbdserver.operations import describe, operation, operations, route
+from objstore.access.api import (
     BODY_BYTES_MAX,
     Copies,
     CreateVdi,
@@ -28,12 +29,11 @@ from nbdserver.control_api import (
     http_status,
 )
 from objstore.errors import Busy, InvalidRequest, StoreError
-from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus
+from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
 
 SHUTDOWN_SECONDS: Final = 10.0
 """How long `stop` waits for requests that are being answered."""
 
-T = TypeVar("T")
 HTTP_LOG: Final = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -65,19 +65,9 @@ class ControlServer:
         self._store = store
         self._server_status = server_status
         self._path: Path | None = None
+        self.operations = [found for found, _ in operations(self)]
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_errors_as_json])
-        app.router.add_get("/v1/status", self._get_status)
-        app.router.add_get("/v1/vdis", self._get_vdis)
-        app.router.add_post("/v1/vdis", self._post_vdi)
-        app.router.add_get("/v1/vdis/{name}", self._get_vdi)
-        app.router.add_delete("/v1/vdis/{name}", self._delete_vdi)
-        app.router.add_get("/v1/vdis/{name}/damage", self._get_damage)
-        app.router.add_get("/v1/scrub", self._get_scrub)
-        app.router.add_post("/v1/scrub", self._post_scrub)
-        app.router.add_get("/v1/recovery", self._get_recovery)
-        app.router.add_put("/v1/recovery", self._put_recovery)
-        app.router.add_put("/v1/vdis/{name}/copies", self._put_copies)
-        app.router.add_post("/v1/zones", self._post_zones)
+        app.add_routes([route(found, handler) for found, handler in operations(self)])
         self._runner = web.AppRunner(
             app, handle_signals=False, access_log=None, logger=HTTP_LOG, shutdown_timeout=SHUTDOWN_SECONDS
         )
@@ -99,60 +89,73 @@ class ControlServer:
             self._path.unlink(missing_ok=True)
             self._path = None
 
-    async def _get_status(self, _request: web.Request) -> web.Response:
-        return _json(Status(server=self._server_status(), store=await self._store.status()))
+    @operation("GET", "/v1/openapi.json")
+    async def get_openapi(self) -> dict[str, Any]:
+        """This description, in the terms of OpenAPI 3.1."""
+        return describe(self.operations)
 
-    async def _get_vdis(self, _request: web.Request) -> web.Response:
-        return _json(self._store.vdis())
+    @operation("GET", "/v1/status")
+    async def get_status(self) -> Status:
+        """The server, its store and its zones."""
+        return Status(server=self._server_status(), store=await self._store.status())
 
-    async def _get_vdi(self, request: web.Request) -> web.Response:
-        return _json(self._store.vdi(request.match_info["name"]))
+    @operation("GET", "/v1/vdis")
+    async def list_vdis(self) -> list[VdiStatus]:
+        """Every VDI, by name."""
+        return self._store.vdis()
 
-    async def _post_vdi(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, CreateVdi)
-        created = await self._store.create_vdi(
-            wanted.name, wanted.size_bytes, copies=wanted.copies, mode=wanted.mode, prealloc=wanted.prealloc
+    @operation("POST", "/v1/vdis", status=201)
+    async def create_vdi(self, body: CreateVdi) -> VdiStatus:
+        """Create a VDI; it is durable when this is answered."""
+        return await self._store.create_vdi(
+            body.name, body.size_bytes, copies=body.copies, mode=body.mode, prealloc=body.prealloc
         )
-        return _json(created, status=201)
 
-    async def _delete_vdi(self, request: web.Request) -> web.Response:
-        await self._store.delete_vdi(request.match_info["name"])
-        return web.Response(status=204)
+    @operation("GET", "/v1/vdis/{name}")
+    async def get_vdi(self, name: str) -> VdiStatus:
+        """One VDI."""
+        return self._store.vdi(name)
 
-    async def _get_damage(self, request: web.Request) -> web.Response:
-        return _json(await self._store.damage(request.match_info["name"]))
+    @operation("DELETE", "/v1/vdis/{name}")
+    async def delete_vdi(self, name: str) -> None:
+        """Delete a VDI and its data for good."""
+        await self._store.delete_vdi(name)
 
-    async def _get_scrub(self, _request: web.Request) -> web.Response:
-        return _json((await self._store.status()).scrub)
+    @operation("GET", "/v1/vdis/{name}/damage")
+    async def get_damage(self, name: str) -> VdiDamage:
+        """The parts of a VDI that no zone has whole, as far as is known."""
+        return await self._store.damage(name)
 
-    async def _post_scrub(self, _request: web.Request) -> web.Response:
-        return _json(await self._store.start_scrub(), status=202)
+    @operation("PUT", "/v1/vdis/{name}/copies")
+    async def set_copies(self, name: str, body: Copies) -> VdiStatus:
+        """Change how many zones hold each object of a VDI."""
+        return await self._store.set_copies(name, body.copies)
 
-    async def _get_recovery(self, _request: web.Request) -> web.Response:
-        return _json((await self._store.status()).recovery)
+    @operation("GET", "/v1/scrub")
+    async def get_scrub(self) -> ScrubStatus:
+        """The scrub under way, or the last one."""
+        return (await self._store.status()).scrub
 
-    async def _put_recovery(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, RecoveryRate)
-        return _json(self._store.set_recovery_rate(wanted.bytes_per_second_max))
+    @operation("POST", "/v1/scrub", status=202)
+    async def start_scrub(self) -> ScrubStatus:
+        """Read and check every copy of everything now."""
+        return await self._store.start_scrub()
 
-    async def _put_copies(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, Copies)
-        return _json(await self._store.set_copies(request.match_info["name"], wanted.copies))
+    @operation("GET", "/v1/recovery")
+    async def get_recovery(self) -> RecoveryStatus:
+        """Which copies are missing, and how far their recovery is."""
+        return (await self._store.status()).recovery
 
-    async def _post_zones(self, request: web.Request) -> web.Response:
-        wanted = await _body(request, ZoneChange)
-        await self._store.change_zones(
-            wanted.action, wanted.zone, path=wanted.path, weight=wanted.weight, force=wanted.force
-        )
-        return _json((await self._store.status()).zones)
+    @operation("PUT", "/v1/recovery")
+    async def set_recovery_rate(self, body: RecoveryRate) -> RecoveryStatus:
+        """Limit recovery from now on."""
+        return self._store.set_recovery_rate(body.bytes_per_second_max)
 
-
-async def _body(request: web.Request, kind: type[T]) -> T:
-    """The request's body. InvalidRequest."""
-    try:
-        return msgspec.json.decode(await request.read(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"request body: {error}") from error
+    @operation("POST", "/v1/zones")
+    async def change_zones(self, body: ZoneChange) -> list[ZoneStatus]:
+        """Add, drain, remove, replace a zone, or change its weight; the zones as they are then."""
+        await self._store.change_zones(body.action, body.zone, path=body.path, weight=body.weight, force=body.force)
+        return (await self._store.status()).zones
 
 
 def _is_our_fault(record: logging.LogRecord) -> bool:

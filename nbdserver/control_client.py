@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from nbdserver.control_api import Copies, CreateVdi, ErrorReply, RecoveryRate, Status, ZoneChange, error_from_reply
+from objstore.access.api import Copies, CreateVdi, ErrorReply, RecoveryRate, Status, ZoneChange, error_from_reply
 from objstore.errors import StoreError, Unavailable
 from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
 

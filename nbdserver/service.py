@@ -25,10 +25,10 @@ import uvloop
 
 from nbdserver.config import VdiConfig
 from nbdserver.control import ControlServer
-from nbdserver.control_api import LockNote, ServerStatus
 from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
 from nbdserver.server import Listener, Server, ServerSettings
 from nbdserver.systemd import notify
+from objstore.access.api import LockNote, ServerStatus
 from objstore.errors import InvalidRequest, NotFound
 from objstore.volume.directories import zone_paths
 from objstore.volume.settings import StoreSettings

@@ -13,6 +13,7 @@ BASE = {
     "objstore.errors",
     "objstore.units",
     "objstore.clock",
+    "objstore.access.api",
     "objstore.names",
     "objstore.version",
     "objstore.volume.base",
@@ -23,7 +24,7 @@ WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
 CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
 SERVER = {"nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
-CONTROL = {"nbdserver.control_api", "nbdserver.control", "nbdserver.control_client"}
+CONTROL = {"nbdserver.operations", "nbdserver.control", "nbdserver.control_client"}
 
 MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it may import besides itself and BASE
     "objstore.backend": set(),
@@ -31,6 +32,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "objstore.check": set(),
     "objstore.replica": {"objstore.backend", "objstore.format"},
     "objstore.log": {"objstore.replica", "objstore.backend", "objstore.format"},
+    "objstore.access": {"objstore.volume.directories", "objstore.volume.store"},
     "objstore.volume": {"objstore.log", "objstore.replica", "objstore.backend", "objstore.format"},
     "nbdserver.wire": set(),
     "nbdserver.buffers": set(),
@@ -49,9 +51,9 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.config": {"nbdserver.server"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),
-    "nbdserver.control_api": set(),
-    "nbdserver.control": {"nbdserver.control_api"},
-    "nbdserver.control_client": {"nbdserver.control_api"},
+    "nbdserver.operations": set(),
+    "nbdserver.control": {"nbdserver.operations"},
+    "nbdserver.control_client": set(),
     "nbdserver.service": SERVER | CONTROL | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
     "nbdserver.cli_arguments": set(),

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from nbdserver.control_api import Status
 from nbdserver.control_client import ControlClient
+from objstore.access.api import Status
 from objstore.check.check import check_store, zones_of
 from objstore.check.report import Report, Severity
 from objstore.check.zones import all_locked

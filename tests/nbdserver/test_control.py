@@ -13,7 +13,9 @@ from typing import TypeVar
 import pytest
 
 from nbdserver.control import ControlServer
-from nbdserver.control_api import (
+from nbdserver.control_client import ControlClient, NoServer
+from objstore import errors
+from objstore.access.api import (
     BODY_BYTES_MAX,
     STATUS_OF_ERROR,
     ErrorReply,
@@ -21,8 +23,6 @@ from nbdserver.control_api import (
     error_from_reply,
     http_status,
 )
-from nbdserver.control_client import ControlClient, NoServer
-from objstore import errors
 from objstore.units import GIB, TIB
 from tests.nbdserver.fake_store import FakeStore
 

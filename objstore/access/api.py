@@ -1,20 +1,8 @@
 """The control API's vocabulary: paths, bodies and errors that both of its sides share.
 
-HTTP/1.1 with JSON bodies over a Unix socket of mode 0600. Bodies are the records of objstore.volume.status.
-
-    GET    /v1/status        Status
-    GET    /v1/vdis          list of VdiStatus
-    POST   /v1/vdis          CreateVdi -> VdiStatus (201)
-    GET    /v1/vdis/NAME     VdiStatus
-    DELETE /v1/vdis/NAME     nothing (204)
-    GET    /v1/vdis/NAME/damage   VdiDamage
-    GET    /v1/scrub         ScrubStatus
-    POST   /v1/scrub         ScrubStatus; a pass begins (202)
-    GET    /v1/recovery      RecoveryStatus
-    PUT    /v1/recovery      RecoveryRate -> RecoveryStatus
-    PUT    /v1/vdis/NAME/copies   Copies -> VdiStatus
-    POST   /v1/zones         ZoneChange -> list of ZoneStatus
-    any error                ErrorReply, its HTTP status from STATUS_OF_ERROR
+HTTP/1.1 with JSON bodies over a Unix socket of mode 0600; bodies are the records here and in objstore.volume.status.
+`GET /v1/openapi.json` answers with the whole description, made from the types of the server's handlers. Any error is an
+ErrorReply, its HTTP status from STATUS_OF_ERROR.
 """
 
 from typing import Final
