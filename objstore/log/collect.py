@@ -30,11 +30,9 @@ from objstore.log.damage import blocks_of
 from objstore.log.disk import Disk
 from objstore.log.keeper import Keeper
 from objstore.log.mapbulk import heads_of
-from objstore.log.reader import in_turn, read_run
+from objstore.log.reader import load_directory, read_run
 from objstore.log.regions import decode_region, tally
 from objstore.log.segment import Segment
-from objstore.log.tail import look_at
-from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK, REGION_SHIFT
 
 log = logging.getLogger(__name__)
@@ -284,7 +282,7 @@ class Collector:
         """Read what is live of a segment, in logical order; None: no zone has its directory. Corrupt: a page of the map
         is damaged."""
         disk = self.disk
-        directory = await self._directory(segment)
+        directory = await load_directory(self.disk.env, segment)
         if directory is None:
             return None
         lbas, entries = blocks_of(directory)
@@ -324,20 +322,6 @@ class Collector:
             log.error("segment can't be collected, no zone has its directory segment=%s", segment.name)
             return
         disk.bury(segment)
-
-    async def _directory(self, segment: Segment) -> Directory | None:
-        env = self.disk.env
-        for z in in_turn(env, segment):
-            zone = env.zones[z]
-            try:
-                seen = await run(env.executor, z, look_at, zone.backend, env.store_id, segment.log, segment.number)
-            except StoreError as error:
-                log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, zone, error)
-                env.read_failed(z, error)
-                continue
-            if seen.directory is not None:
-                return seen.directory
-        return None
 
     async def _load(self, lbas: U64) -> None:
         disk = self.disk

@@ -15,8 +15,9 @@ from typing import Final
 
 from crc32c import crc32c
 
-from objstore.backend.base import Backend, Handle
+from objstore.backend.base import Handle
 from objstore.errors import Corrupt, StoreError, Unavailable
+from objstore.format.segment import Directory
 from objstore.log.crcs import RUN_BLOCKS_MIN, beginnings, run_crc
 from objstore.log.env import Env
 from objstore.log.segment import Segment
@@ -185,31 +186,39 @@ async def _open_reader(env: Env, segment: Segment, zone: int) -> None:
     await opened
 
 
-def _read_crcs(backend: Backend, store_id: bytes, number_log: int, number: int) -> array[int] | None:
-    directory = look_at(backend, store_id, number_log, number).directory
-    return None if directory is None else directory.crcs
-
-
-async def load_crcs(env: Env, segment: Segment) -> array[int]:
-    """The CRCs of a sealed segment from the first zone whose directory is whole. Corrupt: none is."""
+async def load_directory(env: Env, segment: Segment) -> Directory | None:
+    """The directory of a sealed segment, from the first zone that has the one that its seal CRC names; None: no zone
+    does. Another one, however whole, is another writer's segment of the same number. Unavailable: no zone that has the
+    segment is in service."""
     for z in in_turn(env, segment):
+        zone = env.zones[z]
         try:
-            backend = env.zones[z].backend
-            crcs = await run(env.executor, z, _read_crcs, backend, env.store_id, segment.log, segment.number)
+            seen = await run(env.executor, z, look_at, zone.backend, env.store_id, segment.log, segment.number)
         except StoreError as error:
-            log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, env.zones[z], error)
+            log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, zone, error)
             env.read_failed(z, error)
             env.on_bad_copy(segment, z)
             continue
-        if crcs is not None:
-            if segment.crcs is None:
-                segment.crcs = crcs
-                env.crc_cache.append(segment)
-                env.trim_crc_cache()
-            return crcs
+        directory = seen.directory
+        if directory is not None and directory.crc == segment.seal_crc:
+            return directory
+        if directory is not None:
+            log.warning("a copy is another segment's segment=%s zone=%r", segment.name, zone)
         env.bad_copies += 1
         env.on_bad_copy(segment, z)
-    raise Corrupt(f"no zone has the directory of a segment segment={segment.name}")
+    return None
+
+
+async def load_crcs(env: Env, segment: Segment) -> array[int]:
+    """The CRCs of a sealed segment. Corrupt: no zone has its directory."""
+    directory = await load_directory(env, segment)
+    if directory is None:
+        raise Corrupt(f"no zone has the directory of a segment segment={segment.name}")
+    if segment.crcs is None:
+        segment.crcs = directory.crcs
+        env.crc_cache.append(segment)
+        env.trim_crc_cache()
+    return directory.crcs
 
 
 def zero_fill(into: memoryview, pieces: Sequence[tuple[int, int]]) -> None:

@@ -2,18 +2,19 @@
 
 They should lie on the zones that placement gives the object now. A zone that joins, drains, gets another weight or
 fails changes that for the objects that it wins or held, and for no others; so one comparison serves them all. What is
-there is what the zones list, not only what the table says: a zone that was away may have lost files, and keeps others
-that nobody needs any more. It may be cleaned because the log is open: whatever it held that counts has been taken over.
+there is what the zones list, not only what the table says: a zone that was away may have lost files, keeps others that
+nobody needs any more, or brings another writer's under the same names, which their seals tell. It may be cleaned
+because the log is open: whatever it held that counts has been taken over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Final, NamedTuple
 
-from objstore.backend.base import Entry
+from objstore.backend.base import Backend, Entry
 from objstore.errors import StoreError
 from objstore.log.checkpoint import CheckpointZones, checkpoint_folder, checkpoint_name
 from objstore.log.checkpoint_copies import copy_checkpoint_to, look_through_checkpoint
@@ -22,10 +23,13 @@ from objstore.log.disk import Disk
 from objstore.log.env import Env
 from objstore.log.keeper import Keeper
 from objstore.log.segment import Segment, log_folder, segment_name, segment_number
+from objstore.log.tail import seal_of
 from objstore.names import object_number
 from objstore.replica.zone import run, run_long
 
 log = logging.getLogger(__name__)
+
+SEALS_AT_ONCE: Final = 1024
 
 
 class Misplaced(NamedTuple):
@@ -59,8 +63,12 @@ class Shelves:
         self._buffers = [] if buffers is None else buffers
         self._env: Env = disk.env
 
-    async def look(self) -> list[Misplaced]:
-        """Compare; forget copies that a zone doesn't have, and remove from the zones what nobody needs."""
+    async def look(self, unsure: Collection[int] = ()) -> list[Misplaced]:
+        """Compare; forget copies that a zone doesn't have, and remove from the zones what nobody needs.
+
+        unsure: zones that were not in service all the time since the last look: of their segments the seals are read
+        too, 30 us each and a seek.
+        """
         disk, keeper, env = self.disk, self.keeper, self._env
         await disk.writer.go_elsewhere()
         settled = [s for s in self._segments() if s.sealed and s.memory is None]
@@ -70,7 +78,8 @@ class Shelves:
         for z in sorted(env.in_service):
             files = await self._list(z, log_folder(disk.log))
             if files is not None:
-                await self._compare_segments(z, files, settled, below)
+                others = await self._other_seals(z, files, settled) if z in unsure else frozenset()
+                await self._compare_segments(z, files, settled, below, others)
         found: dict[int, list[int]] = {number: [] for number in checkpoints}
         for z in sorted(env.in_service):
             files = await self._list(z, checkpoint_folder(disk.log))
@@ -99,11 +108,33 @@ class Shelves:
             log.warning("a zone can't be looked at zone=%r: %s", self._env.zones[zone], error)
             return None
 
-    async def _compare_segments(self, zone: int, files: list[Entry], settled: list[Segment], below: int) -> None:
+    async def _other_seals(self, zone: int, files: list[Entry], settled: list[Segment]) -> frozenset[int]:
+        """Numbers of the segments whose copy on that zone has another seal. What has none that can be read is damaged:
+        the scrub's business, which may need what is left of it."""
+        sizes = {segment_number(entry.name): entry.size_bytes for entry in files}
+        wanted = [(s.number, s.seal_crc) for s in settled if zone in s.zones and sizes.get(s.number) == s.file_bytes]
+        env = self._env
+        found: set[int] = set()
+        for low in range(0, len(wanted), SEALS_AT_ONCE):
+            part = wanted[low : low + SEALS_AT_ONCE]
+            backend = env.zones[zone].backend
+            try:
+                other = await run_long(env.executor, zone, other_seals, backend, env.store_id, self.disk.log, part)
+            except StoreError as error:
+                log.warning("a zone can't be looked at zone=%r: %s", env.zones[zone], error)
+                break
+            found.update(other)
+        return frozenset(found)
+
+    async def _compare_segments(
+        self, zone: int, files: list[Entry], settled: list[Segment], below: int, others: frozenset[int]
+    ) -> None:
         sizes = {segment_number(entry.name): entry.size_bytes for entry in files}
         for segment in settled:
-            if zone in segment.zones and sizes.get(segment.number) != segment.file_bytes and self._known(segment):
-                log.warning("a copy is missing segment=%s zone=%r", segment.name, self._env.zones[zone])
+            gone = sizes.get(segment.number) != segment.file_bytes or segment.number in others
+            if gone and zone in segment.zones and self._known(segment):
+                what = "is another segment's" if segment.number in others else "is missing"
+                log.warning("a copy %s segment=%s zone=%r", what, segment.name, self._env.zones[zone])
                 segment.zones = tuple(z for z in segment.zones if z != zone)
                 segment.drop_handle(zone)
         for number in sizes:
@@ -227,6 +258,16 @@ class Shelves:
                     await self._remove(z, checkpoint_name(disk.log, item.number))
                     freed += item.size_bytes
         return freed
+
+
+def other_seals(backend: Backend, store_id: bytes, log_number: int, wanted: Sequence[tuple[int, int]]) -> list[int]:
+    """In a zone's thread: those of the (number, seal CRC) whose copy there has a seal, and another one."""
+    found = []
+    for number, crc in wanted:
+        seal = seal_of(backend, store_id, log_number, number, False)
+        if seal is not None and seal != crc:
+            found.append(number)
+    return found
 
 
 def _misplaced(

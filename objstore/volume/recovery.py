@@ -71,6 +71,7 @@ class Recovery:
 
     missing: copies that should be there and are not, as the last look found them, less those made since. unreachable:
     objects of which no zone in service has a copy. held_bytes: what lies on each zone that should not stay there.
+    `_sure`: zones in service ever since a whole look found that their copies are what they should be.
     """
 
     def __init__(self, store: RecoveredStore) -> None:
@@ -91,6 +92,7 @@ class Recovery:
         self._problems: list[str] = []
         self._held: Counter[int] = Counter()
         self._full: set[int] = set()
+        self._sure: set[int] = set()
         self._buffers: list[memoryview] = []
         """Memory of copies, at most PARALLEL, for the time of a pass."""
         self._waiters: list[asyncio.Future[None]] = []
@@ -98,7 +100,7 @@ class Recovery:
 
     def start(self) -> None:
         """Begin."""
-        self._store.membership.on_change(self.request)
+        self._store.membership.on_change(self._zones_changed)
         self._task = self._env.loop.create_task(self._run())
 
     async def close(self) -> None:
@@ -113,6 +115,10 @@ class Recovery:
         """Something changed: look again. A pass under way notices too."""
         self._needed = True
         self._wake.set()
+
+    def _zones_changed(self) -> None:
+        self._sure &= self._store.membership.in_service
+        self.request()
 
     def holds(self, zone: int) -> bool:
         """Whether something lies on that zone that should not stay there, as far as the last look tells."""
@@ -147,6 +153,7 @@ class Recovery:
 
     async def _run(self) -> None:
         if await self._all_was_well():
+            self._sure = set(self._env.in_service)
             self._needed = False
             self._looked = True
             self._tell()
@@ -221,13 +228,14 @@ class Recovery:
         levels: dict[int, dict[int, list[Misplaced]]] = {}
         self._missing = self._unreachable = 0
         self._held.clear()
+        unsure = self._env.in_service - self._sure
         for entry in self._entries():
             if self._interrupted():
                 break
             async with self._opened(entry) as vdi:
                 if vdi is None:
                     continue
-                for item in await self._shelves(vdi).look():
+                for item in await self._shelves(vdi).look(unsure):
                     self._held.update(item.extra)
                     if not item.have:
                         self._unreachable += 1
@@ -235,6 +243,8 @@ class Recovery:
                         levels.setdefault(len(item.have), {}).setdefault(entry.log, []).append(item)
                         self._missing += len(item.missing)
                         self._total += item.size_bytes * len(item.missing)
+        if not self._interrupted() and not self._problems:
+            self._sure |= unsure
         return levels
 
     @contextlib.asynccontextmanager

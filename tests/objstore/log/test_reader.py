@@ -11,6 +11,7 @@ from objstore.log.address import BLOCK_BITS
 from objstore.units import BLOCK_BYTES
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import ModelDisk
+from tests.support.stale import make_stale
 from tests.support.stepping import WatchedHandle, World, executor_of, turns
 
 
@@ -272,3 +273,17 @@ async def test_data_on_a_zone_that_is_put_out_while_it_is_read_is_out_of_reach_a
     assert not disk.vdi.disk.damage.blocks
     executor_of(env).release(zone)
     await world.kill()
+
+
+async def test_a_copy_of_another_writer_is_not_read(
+    disk: ModelDisk, nowait: bool, expected_warnings: ExpectedWarnings
+) -> None:
+    """A zone shows a segment of the right number and length, whole and sealed, with other data: its seal tells."""
+    expected_warnings.allow("another segment|a copy is bad|checksum wrong")
+    await fill(disk, reopen=True)
+    for name in disk.segments:
+        image = disk.world.storages[0].objects[name]
+        if image[-128:-120] == b"SHEEPDIR":
+            make_stale(image)
+    assert await disk.read(0, 100) == disk.expected(0, 100)
+    assert disk.vdi.disk.env.bad_copies

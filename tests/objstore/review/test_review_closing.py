@@ -19,7 +19,7 @@ async def world() -> AsyncIterator[World]:
     await world.kill()
 
 
-@pytest.mark.parametrize("slow", ["read_pages", "_read_crcs", "open", "read"])
+@pytest.mark.parametrize("slow", ["read_pages", "look_at", "open", "read"])
 async def test_shutdown_waits_for_the_reads_under_way(world: World, slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.store is not None
     await world.store.create_vdi("disk", 16 * MIB, copies=2, mode="writeback-always")

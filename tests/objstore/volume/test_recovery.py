@@ -6,17 +6,20 @@ import pytest
 
 from objstore.backend.base import ZoneFailed
 from objstore.errors import Busy, Exists, InvalidRequest, NotFound
+from objstore.log import shelves
 from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
 from objstore.log.segment import log_folder
 from objstore.units import MIB
 from objstore.volume import recovery, zones
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import LOG, ModelDisk
+from tests.support.stale import make_stale
 from tests.support.stepping import WatchedBackend, World, executor_of, failing, turns
 
 EXPECTED = (
-    "is put out|is out of service|is out since|a copy is missing|is back|failed and|stays until|can't be written|"
-    "can't be looked at|old epoch records|can't be read|could not be copied|could not be written"
+    "is put out|is out of service|is out since|a copy is (missing|another segment's)|is back|failed and|"
+    "stays until|can't be written|can't be looked at|old epoch records|can't be read|could not be copied|"
+    "could not be written"
 )
 
 
@@ -490,3 +493,61 @@ async def test_a_torn_copy_of_a_checkpoint_does_not_hide_the_whole_ones(world: W
         assert set(disk.vdi.disk.checkpoint_zones(number)) == {0, 1, 2}
         assert {zone: bytes(storage.objects[name]) for zone, storage in enumerate(world.storages)} == whole
         await disk.check()
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_a_zone_returns_with_another_writers_segments(world: World, running: bool) -> None:
+    """Right in number and length, whole and sealed: only the seal's CRC tells that they are not the log's."""
+    disk = await filled(world)
+    assert world.store is not None
+    await settle(world)
+    right = {name: bytes(world.storages[1].objects[name]) for name in copies_of(world)}
+    await out(world, 2)
+    if not running:
+        await world.stop()
+    for name, image in world.storages[2].objects.items():
+        if name.startswith(log_folder(LOG)) and image[-128:-120] == b"SHEEPDIR":
+            make_stale(image)
+    if running:
+        await world.store.zones.add("zone2")
+    else:
+        await world.open()
+        await disk.open()
+    await settle(world)
+    for name in copies_of(world).keys() & right.keys():
+        assert bytes(world.storages[2].objects[name]) == right[name]
+    assert set(map(frozenset, copies_of(world).values())) == {frozenset({0, 1, 2})}
+    assert (await world.store.status()).health == "ok"
+    await world.stop()
+    await world.open(here=[1, 2])
+    await disk.open()
+    await disk.check()
+
+
+async def test_seals_are_read_of_zones_that_are_not_known_to_be_right(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One zone comes back: its copies are looked at, those of zones that never left are not, nor is anything twice."""
+    disk = await filled(world)
+    assert world.store is not None
+    await settle(world)
+    await out(world, 2)
+    await settle(world)
+    await world.store.zones.add("zone2")
+    looked: list[tuple[int, int]] = []
+    real = shelves.other_seals
+
+    def noting(backend: WatchedBackend, store_id: bytes, log: int, wanted: list[tuple[int, int]]) -> list[int]:
+        looked.extend((world.backends.index(backend), number) for number, _ in wanted)
+        return real(backend, store_id, log, wanted)
+
+    monkeypatch.setattr(shelves, "other_seals", noting)
+    sealed = {segment.number for segment in disk.vdi.disk.segments.values() if segment.sealed and 2 in segment.zones}
+    await recover(world)
+    assert sealed
+    assert set(looked) >= {(2, number) for number in sealed}
+    assert {zone for zone, _ in looked} == {2}
+    looked.clear()
+    await recover(world)
+    assert not looked
+    await disk.check()
