@@ -97,6 +97,8 @@ async def test_writes_go_on_when_segments_cannot_be_collected(
         "can't be collected",
         "read failed",
         "is out of service",
+        "a copy (is bad|can't be read)",
+        "no zone has all of a segment",
     ):
         expected_warnings.allow(text)
     vdi = await make(world)
