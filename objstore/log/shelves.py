@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
-from objstore.backend.base import Backend, Entry
+from objstore.backend.base import Backend, Entry, ZoneFailed
 from objstore.errors import StoreError
 from objstore.log.checkpoint import CheckpointZones, checkpoint_folder, checkpoint_name
 from objstore.log.checkpoint_copies import copy_checkpoint_to, look_through_checkpoint
@@ -261,10 +261,14 @@ class Shelves:
 
 
 def other_seals(backend: Backend, store_id: bytes, log_number: int, wanted: Sequence[tuple[int, int]]) -> list[int]:
-    """In a zone's thread: those of the (number, seal CRC) whose copy there has a seal, and another one."""
+    """In a zone's thread: those of the (number, seal CRC) whose copy there has a seal, and another one. One that can't
+    be read is no other one."""
     found = []
     for number, crc in wanted:
-        seal = seal_of(backend, store_id, log_number, number, False)
+        try:
+            seal = seal_of(backend, store_id, log_number, number, False)
+        except ZoneFailed:
+            continue
         if seal is not None and seal != crc:
             found.append(number)
     return found
