@@ -6,6 +6,7 @@ crash costs: nothing that was flushed.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -179,11 +180,9 @@ def _listener(text: str) -> Listener:
 
 def _all_zones(zones: Sequence[Path]) -> list[Path]:
     """A single zone of an existing store stands for all of its zones; a single new directory for itself."""
-    if len(zones) == 1:
-        try:
+    if len(zones) == 1 and os.path.lexists(zones[0]):
+        with contextlib.suppress(NotFound):
             return zone_paths(zones[0])
-        except NotFound:
-            pass
     return list(zones)
 
 

@@ -74,7 +74,8 @@ def zones_of(paths: Sequence[Path]) -> list[DirectoryZone]:
     """Readers for these directories; a single one stands for all zones of its store that can be found.
 
     Of several, those that are no directories are left out: their store knows that it misses them.
-    NotFound: none is a directory, or the only one is no zone. NewerFormat: of a later version.
+    Unavailable: none is there. NotFound: none is a directory, or the only one is no zone. NewerFormat: of a later
+    version.
     """
     found = [path for path in paths if path.is_dir()]
     zones = [DirectoryZone(path) for path in found or paths]

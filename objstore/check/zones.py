@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
-from objstore.errors import Busy, NotFound
+from objstore.errors import Busy, NotFound, Unavailable
 
 TOP_NAMES: Final = frozenset({"superblock", "epoch", "catalog", "log", "checkpoint", "scrub", "recovery"})
 APART: Final = frozenset({"lock", "tmp", "spare"})
@@ -60,7 +60,9 @@ class DirectoryZone:
     """A directory."""
 
     def __init__(self, path: Path) -> None:
-        """NotFound: no such directory."""
+        """Unavailable: it is not there; a disk that is not mounted looks like that. NotFound: it is no directory."""
+        if not os.path.lexists(path):
+            raise Unavailable(f"the zone is missing: there is no directory {path}")
         if not path.is_dir():
             raise NotFound(f"{path} is no directory")
         self._path = path

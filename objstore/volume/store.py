@@ -5,6 +5,7 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +26,7 @@ from objstore.replica.members import absolute
 from objstore.replica.zone import Executor, ThreadExecutor, run, run_long
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.volume.base import VolumeInfo
-from objstore.volume.directories import other_zones, superblock_at
+from objstore.volume.directories import make_directories, other_zones
 from objstore.volume.opening import min_copies, purge_log
 from objstore.volume.openvdis import OpenVdis
 from objstore.volume.recovery import Recovery
@@ -429,15 +430,12 @@ async def open_store(
         if names.count(path) > 1:
             raise InvalidRequest(f"{path} is given twice")
     names += other_zones(names)
-    if create and all(superblock_at(path) is None for path in names):
-        for path in names:
-            try:
-                os.makedirs(path, exist_ok=True)
-            except OSError as error:
-                raise InvalidRequest(f"{path} can't be made a zone: {error.strerror}") from error
+    made: list[str] = []
     backends: list[tuple[Backend, str]] = []
     missing: dict[str, str] = {}
     try:
+        if create:
+            make_directories(names, made)
         for path in names:
             try:
                 backends.append((DirectoryBackend(path, recycle_files_max=spares), path))
@@ -446,7 +444,9 @@ async def open_store(
             except ZoneFailed as error:
                 missing[path] = str(error)
         if not backends:
-            raise NotFound("; ".join(f"{path}: {reason}" for path, reason in missing.items()))
+            raise Unavailable(
+                "zones are missing: " + "; ".join(f"{path}: {reason}" for path, reason in missing.items())
+            )
         return await open_zones(
             backends,
             settings=settings,
@@ -460,4 +460,7 @@ async def open_store(
     except StoreError:
         for backend, _ in backends:
             backend.close()
+        for path in reversed(made):
+            with suppress(OSError):  # something is in it by now
+                os.rmdir(path)
         raise

@@ -179,6 +179,16 @@ def damage_superblock(box: Path) -> None:
     (box / "a" / "superblock").write_bytes(data)
 
 
+def lose_two(box: Path) -> None:
+    shutil.rmtree(box / "b")
+    shutil.rmtree(box / "c")
+
+
+def damage_and_lose(box: Path) -> None:
+    damage_superblock(box)
+    lose_two(box)
+
+
 STORES: list[tuple[str, Callable[[Path], object], str, int, str]] = [
     ("no such VDI", lambda box: None, "vdi info nope --zone a", 3, "'nope'"),
     ("no such VDI to delete", lambda box: None, "vdi delete nope --zone a", 3, "'nope'"),
@@ -186,7 +196,13 @@ STORES: list[tuple[str, Callable[[Path], object], str, int, str]] = [
     ("too many copies", lambda box: None, "vdi create x 1G --copies 4 --zone a", 2, "copies = 4"),
     ("no space", lambda box: None, "vdi create x 9000T --prealloc --zone a", 6, "9000T"),
     ("no zone", lambda box: None, "vdi list --zone empty", 3, "empty is no zone"),
-    ("no directory", lambda box: None, "status --zone nope", 3, "nope is no directory"),
+    ("no directory", lambda box: None, "status --zone nope", 7, "there is no directory"),
+    ("no directories", lambda box: None, "vdi list --zone nope --zone nil", 7, "there is no directory"),
+    ("nothing to check", lambda box: None, "check --zone nope", 7, "there is no directory"),
+    ("gone", lambda box: shutil.rmtree(box / "a"), "status --zone a", 7, "there is no directory"),
+    ("too many gone", lose_two, "serve --zone a", 7, "zones are missing"),
+    ("too many gone, all named", lose_two, "serve --zone a --zone b --zone c", 7, "zones are missing"),
+    ("gone beside a damaged one", damage_and_lose, "serve --zone a --zone b", 7, "there is no such directory"),
     ("a file", lambda box: None, "scrub --zone afile", 3, "afile is no directory"),
     ("foreign", lambda box: None, "vdi list --zone foreign", 2, "foreign is neither empty nor a zone"),
     ("a copy", lambda box: shutil.copytree(box / "a", box / "d"), "vdi list --zone a --zone d --zone b", 2, "/d"),
@@ -215,9 +231,19 @@ def test_stores(
     offender: str,
 ) -> None:
     change(store)
+    names = sorted(os.listdir(store))
     found, line = fails(capsys, *arguments.split(" "))
     assert offender in line
     assert found == code
+    assert not set(os.listdir(store)) - {*names, "sheepfold"}, "nobody is to find an empty directory in place of a zone"
+
+
+def test_a_refusal_leaves_no_directory_that_was_made_for_a_new_store(
+    box: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(os.listdir(box))
+    fails(capsys, "serve", "--zone", "new/deep", "--zone", "afile/sub")
+    assert not set(os.listdir(box)) - {*names, "sheepfold"}, "sheepfold: for the sockets"
 
 
 def test_files_of_others_in_a_zone_stop_nothing(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def test_missing_zones(capsys: pytest.CaptureFixture[str], zones: list[Path], tm
     assert code == 9
     assert f"missing  {zones[1]}" in out
     assert run(capsys, "--zone", str(zones[0]))[0] == 9
-    for arguments, expected in ((["--zone", str(tmp_path / "none")], 3), (["--zone", str(tmp_path)], 3), ([], 2)):
+    for arguments, expected in ((["--zone", str(tmp_path / "none")], 7), (["--zone", str(tmp_path)], 3), ([], 2)):
         assert main(["check", *arguments]) == expected
         assert capsys.readouterr().err.startswith("sheepfold: error: ")
 

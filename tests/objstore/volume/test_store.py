@@ -293,7 +293,7 @@ async def test_many_starts_leave_nothing_behind(world: World) -> None:
 
 async def test_directories(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "abc"]
-    with pytest.raises(NotFound, match="a: there is no such directory"):
+    with pytest.raises(Unavailable, match="a: there is no such directory"):
         await open_store(paths)
     store = await open_store(paths, create=True, lock_note="pid 1")
     with pytest.raises(Busy, match="pid 1"):
