@@ -52,6 +52,12 @@ SHARE_BUSY_MAX: Final = 0.8
 meanwhile only makes more of them, on a small disk for ever."""
 SHARE_FULL_MAX: Final = 0.97
 VICTIMS_AT_ONCE: Final = 8
+QUIET_SECONDS: Final = 0.25
+"""Without any client's request for so long, collection goes on to SPACE_QUIET: the next burst of writes finds room and
+files to write again, and does not share the disks with collection."""
+SPACE_QUIET: Final = 1.1
+SHARE_QUIET_MAX: Final = 0.85
+"""No victim above this share while clients are quiet: it costs up to six blocks moved for each one freed."""
 IDLE_ROUNDS_MAX: Final = 3
 MOVE_BLOCKS_MAX: Final = 160
 """Single blocks moved by one record: 24 bytes of header page each, so 99 % of a collected segment is data."""
@@ -73,6 +79,7 @@ class Collector:
     """Collection for one disk: one task, woken at every boundary between segments and after every freeing.
 
     tight: clients wait (`room`) because the files take too much space and collection can free some.
+    `_noted`: the clients' requests (Env.requests) when a timer looked last; -1: they were not quiet then.
     """
 
     def __init__(self, disk: Disk, keeper: Keeper) -> None:
@@ -88,6 +95,8 @@ class Collector:
         self._pressed = 0
         """Callers of `reclaim`: any victim will do."""
         self._closed = False
+        self._noted = -1
+        self._quiet_timer: asyncio.TimerHandle | None = None
         self._task = disk.env.loop.create_task(self._run())
         disk.writer.watch(self._task)
 
@@ -174,6 +183,8 @@ class Collector:
             if not self._wake.is_set() and (self.keeper.gave_up or not self.disk.dead):
                 self._let_go()  # nothing under way will free space: the zones' own limit stops clients now
             self._end_round()
+            if not self._quiet():
+                self._await_quiet()
         self._end_round()
 
     async def _urge(self) -> None:
@@ -194,13 +205,38 @@ class Collector:
                 waiter.set_result(None)
         self._round_waiters.clear()
 
+    # -- while clients are quiet --------------------------------------------------------------------------------
+
+    def _quiet(self) -> bool:
+        """No client has asked for anything since a timer found them quiet."""
+        return self._noted == self.disk.env.requests
+
+    def _await_quiet(self) -> None:
+        """Look every QUIET_SECONDS whether the clients rest, as long as there is something to do for collection then."""
+        if self._quiet_timer is None and self._above(SPACE_QUIET) and self.disk.writer.error is None:
+            loop = self.disk.env.loop
+            self._quiet_timer = loop.call_later(QUIET_SECONDS, self._look, self.disk.env.requests)
+
+    def _look(self, requests: int) -> None:
+        self._quiet_timer = None
+        if self._closed:
+            return
+        if requests == self.disk.env.requests:
+            self._noted = requests
+            self._wake.set()
+        else:
+            self._await_quiet()
+
     # -- choosing -----------------------------------------------------------------------------------------------
 
     def _crowded(self) -> bool:
+        return self._pressed > 0 or self._above(SPACE_QUIET if self._quiet() else SPACE_START)
+
+    def _above(self, space: float) -> bool:
+        """Whether the files hold more than `space` blocks for each live one, and a few segments."""
         disk = self.disk
-        blocks = disk.total_blocks + disk.dead_blocks
-        wanted = disk.live_total * SPACE_START + SLACK_SEGMENTS * disk.writer.segment_blocks
-        return blocks > wanted or self._pressed > 0
+        wanted = disk.live_total * space + SLACK_SEGMENTS * disk.writer.segment_blocks
+        return disk.total_blocks + disk.dead_blocks > wanted
 
     def _owed(self) -> bool:
         """So much waits for checkpoints before it is freed that moving more blocks would only take more space."""
@@ -215,6 +251,8 @@ class Collector:
         share_max = 0.0
         if self._crowded() and not self._owed():
             share_max = SHARE_FULL_MAX if self._pressed else SHARE_BUSY_MAX if disk.dead else SHARE_MAX
+            if not self._pressed and not self._above(SPACE_START):
+                share_max = min(share_max, SHARE_QUIET_MAX)
         found = [
             (segment.live / segment.blocks, number, segment)
             for number, segment in disk.segments.items()
@@ -247,6 +285,8 @@ class Collector:
                     self._unmovable.add(segment.number)
                     log.error("segment can't be collected segment=%s: %s", segment.name, error)
                 self._judge()
+                if self._quiet():  # the first flush after the rest must not wait for more than this
+                    await self.disk.writer.flush()
         finally:
             if fetching is not None:
                 await asyncio.wait([fetching])
@@ -394,6 +434,8 @@ class Collector:
     async def close(self) -> None:
         """Stop after the step under way."""
         self._closed = True
+        if self._quiet_timer is not None:
+            self._quiet_timer.cancel()
         self.poke()
         await asyncio.wait([self._task])
 

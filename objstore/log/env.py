@@ -119,6 +119,8 @@ class Env:
         self.reserved_bytes: Callable[[int], int] = lambda log: 0
         """Space that the preallocated VDIs other than the one of that log still have a right to, in each zone."""
         self.reserve_bytes = RESERVE_SEGMENTS * settings.segment_bytes + settings.dirty_bytes_max
+        self.requests = 0
+        """Clients' requests to read or change any VDI so far: background work sees from it whether they rest."""
         self.spare_blocks = 0
         """Blocks of freed files that a zone keeps to write again, as far as is known here."""
         self.bugs: frozenset[str] = frozenset()

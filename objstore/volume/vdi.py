@@ -111,6 +111,7 @@ class Vdi:
         self.collector.poke()
 
     def _check(self, offset_bytes: int, length_bytes: int, *, bounded: bool = True) -> None:
+        self._env.requests += 1
         if offset_bytes < 0 or length_bytes < 0 or (bounded and length_bytes > REQUEST_BYTES_MAX):
             raise InvalidRequest(f"impossible range offset={offset_bytes} length={length_bytes}")
         if offset_bytes + length_bytes > self.size_bytes:

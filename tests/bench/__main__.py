@@ -3,7 +3,9 @@
 Every server keeps its disk on the same file system and is driven by fio's nbd engine over a Unix socket, one load at
 a time, in an order that alternates from round to round. Disks are filled first, and the fill ends with a flush: our
 VDI is in write-back mode from then on (fio itself sends a flush only where a case says so). Between two points the
-disk that was loaded is flushed and the file system synced, so that nobody pays for another's dirty pages.
+disk that was loaded is flushed, the file system synced and the server left alone until it rests, so that nobody pays
+for another's dirty pages or collection. What a point of some seconds shows is therefore a burst after a rest;
+write-long shows what goes on for long.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from tests.bench.servers import KINDS, REPOSITORY, Server
 
 NOTE: Final = (
     "filled first, the fill ended with a flush: our VDI is in write-back mode, as the page cache is for the others; "
-    "fio sends no further flush unless the case says so"
+    "fio sends no further flush unless the case says so; every server rested before each point"
 )
 FILL: Final = next(case for case in FIO_CASES if case.name == "first-fill")
 MEMORY_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs"})
@@ -120,6 +122,7 @@ class Bench:
     def settle(self, server: Server) -> None:
         server.flush()
         subprocess.run(["sync", "-f", str(self.data)], check=True)
+        server.rest()
 
     def fill(self) -> None:
         for server in self.servers.values():

@@ -25,7 +25,7 @@ class FioCase:
     """One load that fio makes.
 
     in_megabytes: the result is MB/s, else requests per second. whole_export: writes it once instead of for a given
-    time. fresh: on an empty disk each time.
+    time; turns: writes so many times its size instead. fresh: on an empty disk each time.
     """
 
     name: str
@@ -34,6 +34,7 @@ class FioCase:
     goals: tuple[Goal, ...] = ()
     in_megabytes: bool = False
     whole_export: bool = False
+    turns: int = 0
     fresh: bool = False
     note: str = ""
 
@@ -82,6 +83,7 @@ FIO_CASES: Final = (
         _random("randwrite", 32),
         (Goal(1.5, (QEMU, NBDKIT)), Goal(4.0, (QUORUM,))),
     ),
+    FioCase("write-long", "4K random write QD32, twice the disk", _random("randwrite", 32), turns=2),
     FioCase("write-4x8", "4K random write, 4 connections x QD8", _random("randwrite", 8, numjobs="4")),
     FioCase(
         "write-flush32",

@@ -71,6 +71,8 @@ def run(server: Server, options: dict[str, str]) -> Measurement:
 def run_case(server: Server, case: FioCase, seconds: float) -> Measurement:
     """One point of a case."""
     options = {**case.options, "size": str(server.size_bytes)}
-    if not case.whole_export:
+    if case.turns:
+        options["io_size"] = str(case.turns * server.size_bytes)
+    elif not case.whole_export:
         options |= {"time_based": "1", "runtime": f"{max(1, round(seconds * 1000))}ms"}
     return run(server, options)

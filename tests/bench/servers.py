@@ -18,6 +18,9 @@ from tests.bench import probe
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 START_SECONDS_MAX: Final = 120.0
+REST_SECONDS_MAX: Final = 30.0
+REST_LOOK_SECONDS: Final = 0.5
+REST_CPU_SHARE: Final = 0.05
 STOP_SECONDS_MAX: Final = 120.0
 ZONES: Final = ("zone-a", "zone-b", "zone-c")
 EXPORT: Final = "bench"
@@ -140,6 +143,17 @@ class Server:
 
     def flush(self) -> None:
         probe.flush(self.socket, self.kind.export)
+
+    def rest(self) -> None:
+        """Wait until it does nothing any more that a client did not ask for just now."""
+        end = time.monotonic() + REST_SECONDS_MAX
+        before = self.cpu_seconds()
+        while time.monotonic() < end:
+            time.sleep(REST_LOOK_SECONDS)
+            now = self.cpu_seconds()
+            if now - before < REST_CPU_SHARE * REST_LOOK_SECONDS:
+                return
+            before = now
 
     def stop(self) -> None:
         """End it in order (SIGTERM). Idempotent."""

@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from objstore.format.record import KIND_SHIFT, Kind
-from objstore.log.collect import SPACE_TIGHT, TIGHT_SEGMENTS
+from objstore.log.collect import SPACE_QUIET, SPACE_TIGHT, TIGHT_SEGMENTS
 from objstore.log.reader import read_run
-from objstore.log.segment import segment_number
+from objstore.log.segment import Segment, segment_number
 from objstore.log.tail import look_at
 from objstore.units import BLOCK_BYTES
 from tests.conftest import ExpectedWarnings
@@ -254,3 +255,95 @@ async def test_a_large_discard_that_was_not_counted_before_the_end(
         assert stored_blocks(disk) <= 4 * disk.vdi.disk.writer.segment_blocks
     finally:
         await world.kill()
+
+
+def files_allowed(disk: ModelDisk, space: float) -> float:
+    """Blocks that the files may have when collection has nothing to do above `space`: it ends within a victim."""
+    return disk.vdi.disk.live_total * space + 2 * disk.vdi.disk.writer.segment_blocks
+
+
+def files(disk: ModelDisk) -> int:
+    return disk.vdi.disk.total_blocks + disk.vdi.disk.dead_blocks
+
+
+@pytest.fixture
+async def resting(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelDisk]:
+    """A disk with garbage that is not enough for collection while clients are busy. They are, until `_look`."""
+    monkeypatch.setattr("objstore.log.collect.QUIET_SECONDS", 3600.0)
+    monkeypatch.setattr("objstore.log.collect.SPACE_START", 2.5)
+    monkeypatch.setattr("objstore.log.collect.SPACE_TIGHT", 3.0)
+    monkeypatch.setattr("objstore.log.collect.SLACK_SEGMENTS", 0)
+    world = World(2)
+    await world.open(create=True)
+    disk = await ModelDisk(world, blocks=4096).create()
+    for first in range(0, 4096, 16):
+        await disk.write(first, 16)
+    for _ in range(2000):
+        await disk.write(disk.dice.randrange(4094), 2)
+    await disk.vdi.flush()
+    assert files(disk) > 1.5 * disk.vdi.disk.live_total
+    yield disk
+    await world.kill()
+
+
+@pytest.mark.parametrize("rest", [False, True])
+async def test_clients_that_rest_find_room_afterwards(
+    resting: ModelDisk, monkeypatch: pytest.MonkeyPatch, rest: bool
+) -> None:
+    if rest:
+        monkeypatch.setattr("objstore.log.collect.QUIET_SECONDS", 0.0)
+        resting.vdi.collector._look(resting.vdi.disk.env.requests)
+    for _ in range(10):
+        await settle(resting)
+    assert (files(resting) <= files_allowed(resting, SPACE_QUIET)) == rest
+    await resting.check()
+    await resting.reopen(clean=False)
+    await resting.check()
+
+
+async def test_a_request_ends_the_collection_of_a_rest(resting: ModelDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not later than with the segment under way, however much more there would be to do."""
+    collector = resting.vdi.collector
+    moved = 0
+    collect = collector._collect
+
+    async def collect_beside_a_client(segment: Segment, *arguments: Any) -> None:
+        nonlocal moved
+        moved += segment.live > 0
+        await collect(segment, *arguments)
+        if moved == 2:
+            await resting.read(0)
+
+    monkeypatch.setattr(collector, "_collect", collect_beside_a_client)
+    collector._look(resting.vdi.disk.env.requests)
+    await turns(3000)
+    assert moved == 2
+    assert collector._quiet_timer is not None, "looks again whether clients rest"
+    assert files(resting) > files_allowed(resting, SPACE_QUIET)
+
+
+async def test_the_first_flush_after_a_rest_waits_for_little(
+    resting: ModelDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What collection appends while clients rest is made durable segment by segment."""
+    collector, env = resting.vdi.collector, resting.vdi.disk.env
+    monkeypatch.setattr(env, "request_syncs", [])  # nothing but a flush makes anything durable
+    dirty: list[int] = []
+    begin = collector._collect
+
+    async def collect(segment: Segment, *arguments: Any) -> None:
+        dirty.append(env.dirty_bytes)
+        await begin(segment, *arguments)
+
+    monkeypatch.setattr(collector, "_collect", collect)
+    collector._look(env.requests)
+    await turns(3000)
+    assert len(dirty) > 5
+    assert max(dirty) == 0
+
+
+async def test_no_timer_runs_on_a_disk_without_garbage(disk: ModelDisk) -> None:
+    await disk.write(0, 20)
+    await disk.vdi.flush()
+    await settle(disk)
+    assert disk.vdi.collector._quiet_timer is None
