@@ -212,7 +212,7 @@ class Collector:
         return self._noted == self.disk.env.requests
 
     def _await_quiet(self) -> None:
-        """Look every QUIET_SECONDS whether the clients rest, as long as there is something to do for collection then."""
+        """Look every QUIET_SECONDS whether the clients rest, while there is something to do then."""
         if self._quiet_timer is None and self._above(SPACE_QUIET) and self.disk.writer.error is None:
             loop = self.disk.env.loop
             self._quiet_timer = loop.call_later(QUIET_SECONDS, self._look, self.disk.env.requests)
