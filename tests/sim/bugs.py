@@ -25,7 +25,7 @@ _KILL_THEN_CUT: Final = dataclasses.replace(_USUAL, kills=0.9, cut_after_kill=0.
 KNOBS: Final = {
     "recovered-not-synced": _KILL_THEN_CUT,
     "seals-not-synced": _KILL_THEN_CUT,
-    "head-names-unsure-checkpoint": dataclasses.replace(_KILL_THEN_CUT, crash_phase="checkpoint"),
+    "head-names-unsure-checkpoint": dataclasses.replace(_KILL_THEN_CUT, crash_names="checkpoint/"),
     "garbage-before-head": dataclasses.replace(_USUAL, crash_phase="recovery", eio=0.0),
     "log-number-again": dataclasses.replace(_USUAL, slow_purges=1.0),
     "seal-before-body": dataclasses.replace(_USUAL, kills=0.1, eio=0.0, seeds_one_copy=1.0),

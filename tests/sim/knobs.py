@@ -12,7 +12,8 @@ class Knobs:
     kills: the process is killed, instead of the power failing. cut_after_kill: of the lives after a kill, those in
     which the power fails soon after opening. eio: a zone answers EIO. slow_reads: reads take up to seconds, while
     everything else goes on. slow_purges: so does the removal of a deleted VDI. crash_phase: where crashes come ("":
-    anywhere).
+    anywhere). crash_names: crashes come while the names of a folder of objects are made durable ("": anywhere), say
+    "checkpoint/".
     flips: one bit in one copy of something rots, at rest or while clients are served; all of a seed in one zone.
     seeds_tight: the zones are small. seeds_recycled: the zones write over the files that were freed.
     seeds_one_copy: no VDI has a second copy, so whatever goes wrong in a zone shows.
@@ -26,6 +27,7 @@ class Knobs:
     slow_reads: float = 0.15
     slow_purges: float = 0.15
     crash_phase: str = ""
+    crash_names: str = ""
     flips: float = 0.1
     seeds_tight: float = 0.15
     seeds_recycled: float = 0.5

@@ -274,6 +274,8 @@ class Scenario:
 
     def _trigger(self) -> Trigger:
         rng = self.rng
+        if self.knobs.crash_names:
+            return Trigger(None, "fsync", rng.randrange(1, 4), folder=self.knobs.crash_names)
         chance = rng.random()
         phase = self.knobs.crash_phase or rng.choice((*PHASES, "serving", "serving", "recovery"))
         if chance < 0.5:

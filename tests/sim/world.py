@@ -44,14 +44,18 @@ ALL_CALLS: Final = (*CRASH_CALLS, "reopen", "posix_fadvise", "is_locked")
 
 @dataclass
 class Trigger:
-    """When the process dies: at the `count`-th system call (of that name; "step" = turn of the loop) in that phase."""
+    """When the process dies: at the `count`-th system call (of that name; "step" = turn of the loop) in that phase.
+
+    folder: only calls with a descriptor count, whose path begins so.
+    """
 
     phase: str | None
     call: str | None
     count: int
+    folder: str = ""
 
     def __str__(self) -> str:
-        return f"{self.call or 'call'} {self.count} in {self.phase or 'any phase'}"
+        return f"{self.call or 'call'} {self.folder}{self.count} in {self.phase or 'any phase'}"
 
 
 @dataclass
@@ -198,7 +202,11 @@ class World:
                 self.faults[f"eio-{name}"] += 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             trigger = self.trigger
-            if trigger is None or (trigger.call is not None and trigger.call != name) or not self._matches(name):
+            if trigger is None or (trigger.call is not None and trigger.call != name):
+                return None
+            if trigger.folder and not self.zones[zone].path_of(args[0]).startswith(trigger.folder):
+                return None
+            if not self._matches(name):
                 return None
             self.die(name)
             applied_bytes = 0
