@@ -44,6 +44,8 @@ class Head(NamedTuple):
     clean: bool
     epoch: bytes
     copies: int
+    base_checkpoint: int
+    first_checkpoint: int
 
 
 @dataclass
@@ -90,7 +92,10 @@ class Catalog:
         first_number, checkpoint = member(fields, "first_number", int), member(fields, "checkpoint", int)
         clean = member(fields, "clean", bool)
         epoch, copies = identity(fields, "epoch"), member(fields, "copies", int)
-        self.heads[log] = Head(log, generation, tail, first_number, checkpoint, clean, epoch, copies)
+        base, first = (
+            member(fields, name, int) if name in fields else 0 for name in ("base_checkpoint", "first_checkpoint")
+        )
+        self.heads[log] = Head(log, generation, tail, first_number, checkpoint, clean, epoch, copies, base, first)
 
 
 def _row(entry: object) -> Row:

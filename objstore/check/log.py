@@ -90,6 +90,8 @@ class _LogCheck:
     def _choose(self) -> bool:
         """Find the checkpoint that an opening would start from, and the one before it. False: there is none."""
         assert self.head is not None
+        for number in [n for n in self.checkpoints if self.head.base_checkpoint < n < self.head.first_checkpoint]:
+            self._leftover({}, {number: self.checkpoints.pop(number)}, "is of a run that ended before the head's")
         self.found, self.problems = read_checkpoints(self.store, self.owner, self.checkpoints)
         for number in set(self.checkpoints) - set(self.found):
             self._add(Severity.FAULT, "checkpoint", "no zone has it whole", checkpoint_name(self.owner.log, number))

@@ -36,7 +36,7 @@ class TailRow(msgspec.Struct, frozen=True, array_like=True):
     zones: int
 
 
-class HeadEntry(msgspec.Struct, frozen=True, tag="head", kw_only=True):
+class HeadEntry(msgspec.Struct, frozen=True, tag="head", kw_only=True, omit_defaults=True):
     """The head record of a log: see objstore.log.opening.Head."""
 
     log: int
@@ -47,6 +47,8 @@ class HeadEntry(msgspec.Struct, frozen=True, tag="head", kw_only=True):
     clean: bool
     epoch: str
     copies: int
+    base_checkpoint: int = 0
+    first_checkpoint: int = 0
 
 
 class PurgedEntry(msgspec.Struct, frozen=True, tag="purged", kw_only=True):

@@ -130,11 +130,12 @@ class Found(NamedTuple):
 
 
 async def newest_checkpoint(
-    env: Env, log: int, expected: int, zones: CheckpointZones, listings: dict[int, list[Entry]]
+    env: Env, log: int, expected: int, ended: range, zones: CheckpointZones, listings: dict[int, list[Entry]]
 ) -> Found:
     """Read the newest whole checkpoint from any zone.
 
     expected: the number that the head names; Corrupt if neither it, nor a newer one, nor the one before can be read.
+    ended: numbers that don't count: runs that ended before the head left them in single zones.
     listings: the log's checkpoint folder in each zone that answers. zones: is told what was found. A checkpoint newer
     than the head that a zone of its placement lacks may have been cut off by a crash: that zone gets its copy now,
     before anything is built on a checkpoint that could be lost with one zone.
@@ -151,6 +152,7 @@ async def newest_checkpoint(
     for number, where in seen.items():
         zones.found(number, where)
     failed: ZoneFailed | None = None
+    seen = {number: where for number, where in seen.items() if number not in ended}
     for number in sorted(seen, reverse=True):
         for z in list(seen[number]):
             backend = env.zones[z].backend
@@ -343,10 +345,12 @@ class CheckpointWriter:
         await self._each(lambda z: (self._writers[z].commit, ()))
 
     async def abort(self) -> None:
-        """Throw the unfinished object away wherever it was begun."""
+        """Throw the object away wherever it was begun, or even finished: a later run must not find it."""
+        name = checkpoint_name(self.header.log, self.header.number)
         for z in self._env.serving(self._writers):
             with contextlib.suppress(StoreError):  # what stays is garbage that the next opening removes
                 await run(self._env.executor, z, self._writers[z].abort)
+                await run(self._env.executor, z, self._env.zones[z].backend.delete, name)
 
     @property
     def zones(self) -> tuple[int, ...]:

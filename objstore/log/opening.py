@@ -55,7 +55,8 @@ class Head(NamedTuple):
     tail: segments that count although their generation is older. first_number: from here on every segment of
     `generation` counts. checkpoint: the newest that was durable when the head was written (0 = none). clean: the log
     was closed. epoch: id of the epoch in force then. copies: each of its segments was put on so many zones, None = on
-    every member.
+    every member. base_checkpoint: the one that this generation began with (0 = none); first_checkpoint: where the
+    numbers of its own begin. Those between the two are of runs that ended, and don't count any more.
     """
 
     generation: int
@@ -65,6 +66,8 @@ class Head(NamedTuple):
     clean: bool
     epoch: str = ""
     copies: int | None = None
+    base_checkpoint: int = 0
+    first_checkpoint: int = 0
 
 
 class Base(NamedTuple):

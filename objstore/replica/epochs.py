@@ -120,6 +120,11 @@ class History:
     def __contains__(self, epoch_id: str) -> bool:
         return epoch_id in self._at
 
+    def forced_since(self, epoch_id: str) -> bool:
+        """Whether a branch may have been given up after that epoch: one was forced since, or nobody knows."""
+        at = self._at.get(epoch_id)
+        return at is None or any(epoch.forced for epoch in self._epochs[at + 1 :])
+
     def run_from(self, epoch_id: str) -> list[Epoch]:
         """The epochs from that one on to the last of its run that was in force, oldest first; itself at least.
         KeyError: the chain doesn't reach back to it."""

@@ -30,6 +30,10 @@ SEGMENTS_PER_RUN = 16
 """Consecutive segments share their zones, so that a flush seldom waits for more than one set of them."""
 RUNS_CACHED = 64
 NO_HEAD = Head(0, (), 0, 0, True)
+CHECKPOINT_STRIDE = 1 << 10
+CHECKPOINT_STRIDE_FORCED = 1 << 20
+"""How far above all checkpoint numbers that are known a run begins to count: zones that are not here may have a few
+more, one for each checkpoint that was cut off; or, where a branch was given up by --force, whatever that made."""
 
 
 class Opened(NamedTuple):
@@ -81,7 +85,17 @@ def min_copies(env: Env, copies: int) -> int:
 def head_of(entry: HeadEntry) -> Head:
     """The head as the log layer sees it."""
     rows = tuple(Row(row.number, row.seal_crc, zones_of_mask(row.zones)) for row in entry.tail)
-    return Head(entry.generation, rows, entry.first_number, entry.checkpoint, entry.clean, entry.epoch, entry.copies)
+    return Head(
+        entry.generation,
+        rows,
+        entry.first_number,
+        entry.checkpoint,
+        entry.clean,
+        entry.epoch,
+        entry.copies,
+        entry.base_checkpoint,
+        entry.first_checkpoint,
+    )
 
 
 def tail_rows(disk: Disk, start: int) -> list[TailRow]:
@@ -110,7 +124,8 @@ async def open_disk(
     listings = await list_folder(env, trust, checkpoint_folder(log))
     if not force:
         believe(trust, head)  # which goes for the checkpoints too
-    loaded, sizes = await newest_checkpoint(env, log, head.checkpoint, zones, listings)
+    ended = range(head.base_checkpoint + 1, head.first_checkpoint)
+    loaded, sizes = await newest_checkpoint(env, log, head.checkpoint, ended, zones, listings)
     base = Base(0, 0, 0)
     root = Root()
     pages: dict[int, PageRef] = {}
@@ -138,6 +153,9 @@ async def open_disk(
     keeper = Keeper(disk)
     keeper.root = root
     _restore_keeper(keeper, loaded, sizes)
+    if entry is not None:
+        stride = CHECKPOINT_STRIDE_FORCED if membership.history.forced_since(entry.epoch) else CHECKPOINT_STRIDE
+        keeper.next_number = max(keeper.next_number - 1, head.checkpoint, head.first_checkpoint) + stride
     keeper.durable_number = min(head.checkpoint, keeper.number)
     kept = _restore_segments(disk, loaded, tail)
     epoch = membership.epoch
@@ -163,6 +181,8 @@ async def open_disk(
         clean=False,
         epoch=epoch.id,
         copies=vdi.copies,
+        base_checkpoint=keeper.number,
+        first_checkpoint=keeper.next_number,
     )
     garbage: dict[int, tuple[int, ...]] = {}
     for number, shown in tail.shown.items():

@@ -185,6 +185,8 @@ class OpenVdis:
             clean=True,
             epoch=self.membership.epoch.id,
             copies=min(disk.writer.copies, head.copies) if (head := self._head(disk.log)) else disk.writer.copies,
+            base_checkpoint=keeper.number,
+            first_checkpoint=keeper.next_number,
         )
 
 

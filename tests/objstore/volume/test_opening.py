@@ -5,10 +5,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from objstore.check.report import Severity
 from objstore.errors import Corrupt
-from objstore.units import KIB, MIB
+from objstore.log.checkpoint import checkpoint_folder
+from objstore.units import KIB, MIB, REGION_BLOCKS
 from objstore.volume.settings import StoreSettings
-from tests.support.disks import ModelDisk
+from tests.conftest import ExpectedWarnings
+from tests.objstore.check.stores import Checked
+from tests.support.disks import LOG, ModelDisk
 from tests.support.stepping import World, executor_of, turns
 
 
@@ -178,3 +182,40 @@ async def test_live_counters_of_a_checkpoint_are_those_of_its_position(disk: Mod
     assert disk.vdi.disk.live_total == 40
     assert sorted(segment.live for segment in disk.vdi.disk.segments.values()) == [0, 40]
     await disk.check()
+
+
+async def test_a_checkpoint_of_another_run_is_never_read(expected_warnings: ExpectedWarnings) -> None:
+    """A crash leaves a checkpoint in one zone alone; the next run does without that zone and writes checkpoints of its
+    own. What the zone brings back has the number, the length and the places of the pages of one of them."""
+    expected_warnings.allow("is put out|is out of service|is back|is out since|copy is missing")
+    world = World(3)
+    await world.open(create=True)
+    disk = await ModelDisk(world, blocks=4 * REGION_BLOCKS).create(copies=3)
+
+    async def scatter() -> None:
+        for block in range(0, 2 * REGION_BLOCKS, 7):
+            await disk.write(block)
+
+    await scatter()
+    await disk.vdi.keeper.checkpoint()
+    await scatter()
+    await disk.vdi.keeper.checkpoint()
+    lonely = disk.checkpoints[-1]
+    await world.kill()
+    for zone in (1, 2):
+        del world.storages[zone].objects[lonely]
+    await world.open(here=[1, 2])
+    await disk.open()
+    await scatter()
+    await disk.vdi.keeper.checkpoint()
+    own = world.names(1, checkpoint_folder(LOG))[-1]
+    await disk.write(2 * REGION_BLOCKS, 3)
+    await disk.vdi.keeper.checkpoint()
+    await world.stop()
+    assert lonely in world.names(0)
+    assert own in world.names(1)
+    assert not [finding for finding in Checked(world).check().findings if finding.severity is Severity.DAMAGE]
+    await world.open()
+    await disk.open()
+    await disk.check()
+    await world.stop()
