@@ -1,0 +1,266 @@
+"""The library for programs without an event loop: the same names, each call returns when it is done.
+
+A connection has an event loop of its own that runs inside each call, and nowhere else: no thread is started. So nothing
+happens between calls either; what was acknowledged from memory becomes durable in a later call (`flush`, `close`), not
+by its age. With `background=True` the loop runs in a thread of its own instead, and any thread may call.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import uvloop
+
+from objstore.access import connect as _connect
+from objstore.access.buffers import Buffer
+from objstore.access.connection import Connection
+from objstore.access.file import VdiFile
+from objstore.access.handle import VdiHandle
+from objstore.volume.base import Extent
+from objstore.volume.settings import MODES, StoreSettings
+from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+
+T = TypeVar("T")
+
+
+class _Runner:
+    """Where coroutines run: inside the call, or in a thread's loop."""
+
+    def __init__(self, *, background: bool) -> None:
+        self._inside: asyncio.Runner | None = None
+        self._thread: threading.Thread | None = None
+        if background:
+            self._loop = uvloop.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="objstore", daemon=True)
+            self._thread.start()
+        else:
+            self._inside = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for it. Ctrl-C cancels it."""
+        if self._inside is not None:
+            return self._inside.run(work)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def each(self, items: AsyncIterator[T]) -> Iterator[T]:
+        """One after the other, each asked for when it is wanted."""
+        nothing = object()
+
+        async def following() -> T | object:
+            return await anext(items, nothing)
+
+        while (item := self.run(following())) is not nothing:
+            yield item  # type: ignore[misc]  # what is not `nothing` is a T
+
+    def close(self) -> None:
+        if self._inside is not None:
+            self._inside.close()
+        elif self._thread is not None and self._thread.is_alive():
+            self.run(self._loop.shutdown_default_executor())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+class BlockingVdi:
+    """A VdiHandle whose methods block. See there."""
+
+    def __init__(self, runner: _Runner, vdi: VdiHandle) -> None:
+        self._runner = runner
+        self._vdi = vdi
+        self.name = vdi.name
+        self.size_bytes = vdi.size_bytes
+        self.description = vdi.description
+        self.read_only = vdi.read_only
+        self.piece_bytes_max = vdi.piece_bytes_max
+
+    def __enter__(self) -> "BlockingVdi":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self._vdi)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._vdi.closed
+
+    def file(self) -> VdiFile:
+        """The VDI as a raw file object (io.RawIOBase); io.BufferedRandom over it makes small accesses cheap."""
+        return VdiFile(self)
+
+    def read(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """See VdiHandle."""
+        return self._runner.run(self._vdi.read(offset_bytes, length_bytes))
+
+    def readinto(self, offset_bytes: int, buffer: Buffer) -> int:
+        """See VdiHandle."""
+        return self._runner.run(self._vdi.readinto(offset_bytes, buffer))
+
+    def readv(self, extents: Sequence[tuple[int, int]], buffers: Sequence[Buffer]) -> int:
+        """See VdiHandle."""
+        return self._runner.run(self._vdi.readv(extents, buffers))
+
+    def map(self, offset_bytes: int = 0, length_bytes: int = 0) -> Iterator[Extent]:
+        """See VdiHandle."""
+        return self._runner.each(self._vdi.map(offset_bytes, length_bytes))
+
+    def write(self, offset_bytes: int, data: Buffer, *, writeback: bool | None = None) -> int:
+        """See VdiHandle."""
+        return self._runner.run(self._vdi.write(offset_bytes, data, writeback=writeback))
+
+    def writev(
+        self, extents: Sequence[tuple[int, int]], buffers: Sequence[Buffer], *, writeback: bool | None = None
+    ) -> int:
+        """See VdiHandle."""
+        return self._runner.run(self._vdi.writev(extents, buffers, writeback=writeback))
+
+    def zero(self, offset_bytes: int, length_bytes: int, *, no_hole: bool = False) -> None:
+        """See VdiHandle."""
+        self._runner.run(self._vdi.zero(offset_bytes, length_bytes, no_hole=no_hole))
+
+    def discard(self, offset_bytes: int, length_bytes: int) -> None:
+        """See VdiHandle."""
+        self._runner.run(self._vdi.discard(offset_bytes, length_bytes))
+
+    def flush(self) -> None:
+        """See VdiHandle."""
+        self._runner.run(self._vdi.flush())
+
+    def close(self) -> None:
+        """See VdiHandle."""
+        if not self._vdi.closed:
+            self._runner.run(self._vdi.close())
+
+
+class BlockingConnection:
+    """A Connection whose methods block. See there. Made by `connect`."""
+
+    def __init__(self, runner: _Runner, connection: Connection) -> None:
+        self._runner = runner
+        self._connection = connection
+        self._closed = False
+
+    def __enter__(self) -> "BlockingConnection":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def open(self, name: str, *, read_only: bool = False) -> BlockingVdi:
+        """See Connection; close what it gives, or use it as a context manager."""
+
+        async def opened() -> VdiHandle:
+            return await self._connection.open(name, read_only=read_only)
+
+        return BlockingVdi(self._runner, self._runner.run(opened()))
+
+    def create(
+        self, name: str, size_bytes: int, *, copies: int | None = None, mode: str = MODES[0], prealloc: bool = False
+    ) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.create(name, size_bytes, copies=copies, mode=mode, prealloc=prealloc))
+
+    def vdis(self) -> Iterator[VdiStatus]:
+        """See Connection."""
+        return self._runner.each(self._connection.vdis())
+
+    def info(self, name: str) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.info(name))
+
+    def delete(self, name: str) -> None:
+        """See Connection."""
+        self._runner.run(self._connection.delete(name))
+
+    def set_copies(self, name: str, copies: int) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.set_copies(name, copies))
+
+    def damage(self, name: str) -> VdiDamage:
+        """See Connection."""
+        return self._runner.run(self._connection.damage(name))
+
+    def status(self) -> StoreStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.status())
+
+    def zones(self) -> list[ZoneStatus]:
+        """See Connection."""
+        return self._runner.run(self._connection.zones())
+
+    def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> list[ZoneStatus]:
+        """See Connection."""
+        return self._runner.run(self._connection.change_zones(action, zone, path=path, weight=weight, force=force))
+
+    def start_scrub(self) -> ScrubStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.start_scrub())
+
+    def scrub(self) -> ScrubStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.scrub())
+
+    def recovery(self) -> RecoveryStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.recovery())
+
+    def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.set_recovery_rate(bytes_per_second))
+
+    def wait(self, seconds: float) -> None:
+        """Let the store's own work (scrub, recovery) go on for so long, which otherwise happens inside calls alone."""
+        self._runner.run(asyncio.sleep(seconds))
+
+    def close(self) -> None:
+        """See Connection."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._runner.run(self._connection.close())
+        finally:
+            self._runner.close()
+
+
+def connect(
+    zones: Sequence[Path | str] = (),
+    *,
+    socket: Path | str | None = None,
+    settings: StoreSettings | None = None,
+    create: bool = False,
+    force: bool = False,
+    read_only: bool = False,
+    background: bool = False,
+) -> BlockingConnection:
+    """As objstore.connect, blocking. background: run the connection's event loop in a thread of its own."""
+    runner = _Runner(background=background)
+
+    async def begin() -> Connection:
+        return await _connect.connect(
+            zones, socket=socket, settings=settings, create=create, force=force, read_only=read_only
+        )
+
+    try:
+        return BlockingConnection(runner, runner.run(begin()))
+    except BaseException:
+        runner.close()
+        raise

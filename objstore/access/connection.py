@@ -1,0 +1,97 @@
+"""A connection to a store: what can be asked of it, in this process and behind a server alike."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+
+from objstore.access.handle import VdiHandle
+from objstore.access.pending import Pending
+from objstore.volume.settings import MODES
+from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+
+
+class Connection(ABC):
+    """A store. Close it in the end, or use it as a context manager; its handles are closed with it.
+
+    Methods raise the errors of objstore.errors: NotFound (no such VDI), Exists, Busy (in use), InvalidRequest, NoSpace,
+    Unavailable (zones or the server failed), Stopping (the store is closing).
+    """
+
+    async def __aenter__(self) -> "Connection":
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    # -- VDIs ---------------------------------------------------------------------------------------------------
+
+    def open(self, name: str, *, read_only: bool = False) -> Pending[VdiHandle]:
+        """Open a VDI: `await connection.open(name)` or `async with connection.open(name) as vdi`."""
+        return Pending(lambda: self._open(name, read_only))
+
+    @abstractmethod
+    async def create(
+        self, name: str, size_bytes: int, *, copies: int | None = None, mode: str = MODES[0], prealloc: bool = False
+    ) -> VdiStatus:
+        """Create a VDI; durable on return. copies: default the smaller of 3 and the number of zones. mode: when writes
+        are acknowledged. prealloc: its space is set aside."""
+
+    @abstractmethod
+    def vdis(self) -> AsyncIterator[VdiStatus]:
+        """Every VDI, by name."""
+
+    @abstractmethod
+    async def info(self, name: str) -> VdiStatus:
+        """One VDI."""
+
+    @abstractmethod
+    async def delete(self, name: str) -> None:
+        """Delete a VDI for good; its space comes back in the background. Busy: somebody has it open."""
+
+    @abstractmethod
+    async def set_copies(self, name: str, copies: int) -> VdiStatus:
+        """Change how many zones hold each object of a VDI; recovery makes or removes the copies."""
+
+    @abstractmethod
+    async def damage(self, name: str) -> VdiDamage:
+        """The parts of a VDI that no zone has whole, as far as is known."""
+
+    # -- the store ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def status(self) -> StoreStatus:
+        """The store as a whole."""
+
+    async def zones(self) -> list[ZoneStatus]:
+        """Its zones, by number."""
+        return (await self.status()).zones
+
+    @abstractmethod
+    async def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> list[ZoneStatus]:
+        """`add`, `drain`, `remove`, `replace` (by the directory `path`) or `set-weight` a zone, which is named by its
+        path, its number or the beginning of its id; the zones as they are then."""
+
+    @abstractmethod
+    async def start_scrub(self) -> ScrubStatus:
+        """Read and check every copy of everything now, in the background; `scrub` tells how far that is."""
+
+    @abstractmethod
+    async def scrub(self) -> ScrubStatus:
+        """The scrub under way, or the last one."""
+
+    @abstractmethod
+    async def recovery(self) -> RecoveryStatus:
+        """Which copies are missing, and how far their recovery is."""
+
+    @abstractmethod
+    async def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus:
+        """Limit recovery from now on; 0 = no limit."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close what is open and leave; in this process also: make everything durable and give the zones back.
+        Unavailable: not everything could be made durable; all is closed nevertheless. Idempotent."""
+
+    @abstractmethod
+    async def _open(self, name: str, read_only: bool) -> VdiHandle: ...
