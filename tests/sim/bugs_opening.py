@@ -54,18 +54,18 @@ async def _sealed_as_it_lies(env: Env, log: int, *args: Any, **options: Any) -> 
     tail = await _read_tail(env, log, *args, **options)
     if options.get("copy_all") or not tail.rest:
         return tail
-    sealed, unkept = list(tail.sealed), dict(tail.unkept)
+    sealed = list(tail.sealed)
     for number, builder in _builders(tail).items():
         data, crc = builder.encode(env.store_id)
         end = len(builder.crcs) << BLOCK_SHIFT
-        zones = unkept.pop(number)
+        zones = tail.shown[number]
         for zone in zones:
             handle = _writable(env.zones[zone].backend, segment_name(log, number))
             handle.write(end, [memoryview(data)])
             handle.truncate(end + len(data))
             handle.close()
         sealed.append((builder.finish(crc), zones, (end + len(data)) >> BLOCK_SHIFT))
-    return tail._replace(sealed=sealed, rest=[], unkept=unkept)
+    return tail._replace(sealed=sealed, rest=[])
 
 
 async def _go_on_in_last_segment(writer: LogWriter, rest: Any) -> None:
@@ -162,9 +162,9 @@ def _keep_first(lbas: Any, entries: Any) -> Any:
     return _keep_last(lbas[::-1], entries[::-1])
 
 
-async def _garbage_before_head(env: Any, *args: Any) -> Any:
+async def _garbage_before_head(env: Any, *args: Any, **options: Any) -> Any:
     """Garbage is removed before the head record that makes it garbage."""
-    opened = await _open_disk(env, *args)
+    opened = await _open_disk(env, *args, **options)
     await objstore.volume.opening.drop_garbage(env, opened.disk.log, opened.garbage)
     return opened
 

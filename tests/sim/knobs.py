@@ -10,10 +10,10 @@ class Knobs:
     """Shares are of lives, those named `seeds_...` of seeds; 0 = never, 1 = always.
 
     kills: the process is killed, instead of the power failing. cut_after_kill: of the lives after a kill, those in
-    which the power fails soon after opening. eio: a zone answers EIO. slow_reads: reads take up to seconds, while
-    everything else goes on. slow_purges: so does the removal of a deleted VDI. crash_phase: where crashes come ("":
-    anywhere). crash_names: crashes come while the names of a folder of objects are made durable ("": anywhere), say
-    "checkpoint/".
+    which the power fails soon after opening. eio: a zone answers EIO. eio_call: once, to that call ("": to any, once or
+    from then on). slow_reads: reads take up to seconds, while everything else goes on. slow_purges: so does the removal
+    of a deleted VDI. crash_phase: where crashes come ("": anywhere). crash_names: crashes come while the names of a
+    folder of objects are made durable ("": anywhere), say "checkpoint/".
     flips: one bit in one copy of something rots, at rest or while clients are served; all of a seed in one zone.
     seeds_tight: the zones are small. seeds_recycled: the zones write over the files that were freed.
     seeds_one_copy: no VDI has a second copy, so whatever goes wrong in a zone shows.
@@ -24,6 +24,7 @@ class Knobs:
     kills: float = 0.4
     cut_after_kill: float = 0.4
     eio: float = 0.1
+    eio_call: str = ""
     slow_reads: float = 0.15
     slow_purges: float = 0.15
     crash_phase: str = ""

@@ -173,9 +173,10 @@ class Scenario:
             world.executor.slow["purge_log"] = 1.0
             world.faults["slow-purges"] += 1
         if not last and rng.random() < self.knobs.eio:
-            call = rng.choice(FAILING_CALLS)
+            call = self.knobs.eio_call or rng.choice(FAILING_CALLS)
             # What rots must have a good copy in service, so it is always the same zone that fails.
-            world.failing = Failing(self.flipping_zone, call, rng.randrange(1, 80), rng.random() < 0.5)
+            lasting = rng.random() < 0.5 and not self.knobs.eio_call
+            world.failing = Failing(self.flipping_zone, call, rng.randrange(1, 80), lasting)
         world.note(f"LIFE end={end} trigger={world.trigger} failing={world.failing}")
         try:
             loop.run_until_complete(self._main(loop, end, last))
