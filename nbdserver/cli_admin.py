@@ -17,7 +17,15 @@ from objstore.access.api import LockNote, Status
 from objstore.errors import Busy, InvalidRequest, StoreError
 from objstore.volume.directories import lock_note, zone_paths
 from objstore.volume.settings import StoreSettings
-from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 from objstore.volume.store import Store, open_store
 
 WAIT_SECONDS: Final = 10.0
@@ -34,6 +42,10 @@ class Admin(Protocol):
     def vdi(self, name: str) -> VdiStatus: ...
     def create_vdi(self, name: str, size_bytes: int, *, copies: int | None, mode: str, prealloc: bool) -> VdiStatus: ...
     def delete_vdi(self, name: str) -> None: ...
+    def snapshots(self, name: str | None) -> list[SnapshotStatus]: ...
+    def create_snapshot(self, name: str, tag: str, *, skip_unchanged: bool, protected: bool) -> SnapshotTaken: ...
+    def delete_snapshot(self, name: str) -> None: ...
+    def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus: ...
     def damage(self, name: str) -> VdiDamage: ...
     def start_scrub(self) -> ScrubStatus: ...
     def scrub_status(self) -> ScrubStatus: ...
@@ -89,6 +101,19 @@ class OfflineAdmin:
 
     def delete_vdi(self, name: str) -> None:
         self._runner.run(self._store.delete_vdi(name))
+
+    def snapshots(self, name: str | None) -> list[SnapshotStatus]:
+        return self._store.snapshots(name)
+
+    def create_snapshot(self, name: str, tag: str, *, skip_unchanged: bool, protected: bool) -> SnapshotTaken:
+        taking = self._store.create_snapshot(name, tag, skip_unchanged=skip_unchanged, protected=protected)
+        return self._runner.run(taking)
+
+    def delete_snapshot(self, name: str) -> None:
+        self._runner.run(self._store.delete_snapshot(name))
+
+    def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        return self._runner.run(self._store.protect_snapshot(name, protected=protected))
 
     def damage(self, name: str) -> VdiDamage:
         return self._runner.run(self._store.damage(name))

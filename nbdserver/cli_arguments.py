@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from objstore.errors import InvalidRequest
-from objstore.names import check_name, check_path
+from objstore.names import check_name, check_path, check_tag
 from objstore.units import check_vdi_bytes, parse_size
 from objstore.version import VERSION
 from objstore.volume.settings import MODES
@@ -148,13 +148,38 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     copies.add_argument("name", metavar="NAME", type=_argument(_name))
     copies.add_argument("copies", metavar="N", type=_argument(_copies))
     _add_common(copies)
-    for command, what in (
-        ("info", "show one VDI"),
-        ("delete", "delete a VDI and its data for good"),
-        ("damage", "list the parts of a VDI that no zone has whole"),
+    _add_snapshot_commands(commands)
+    for command, what, metavar, convert in (
+        ("info", "show one VDI", "NAME", _name),
+        ("delete", "delete a VDI, or a snapshot, and its data for good", "NAME[@TAG]", _any_name),
+        ("damage", "list the parts of a VDI that no zone has whole", "NAME", _name),
     ):
         parser = commands.add_parser(command, help=what)
-        parser.add_argument("name", metavar="NAME", type=_argument(_name))
+        parser.add_argument("name", metavar=metavar, type=_argument(convert))
+        _add_common(parser)
+        _add_force(parser)
+
+
+def _add_snapshot_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
+    snapshot = commands.add_parser("snapshot", help="take a snapshot of a VDI, attached or not")
+    snapshot.add_argument("name", metavar="NAME", type=_argument(_name))
+    snapshot.add_argument(
+        "tag", metavar="TAG", nargs="?", default="", type=_argument(_tag), help="its name (default: only a number)"
+    )
+    snapshot.add_argument("--skip-unchanged", action="store_true", help="not if nothing was written since the last one")
+    snapshot.add_argument("--protect", action="store_true", help="let nobody delete it until it is unprotected")
+    _add_common(snapshot)
+    _add_force(snapshot)
+    listing = commands.add_parser("snapshots", help="list the snapshots of a VDI, or of all")
+    listing.add_argument("name", metavar="NAME", nargs="?", type=_argument(_name))
+    _add_common(listing)
+    _add_force(listing)
+    for command, what in (
+        ("protect", "let nobody delete a snapshot"),
+        ("unprotect", "let a snapshot be deleted again"),
+    ):
+        parser = commands.add_parser(command, help=what)
+        parser.add_argument("name", metavar="NAME@TAG", type=_argument(_snapshot_name))
         _add_common(parser)
         _add_force(parser)
 
@@ -227,6 +252,25 @@ def _rate(text: str) -> int:
 def _name(text: str) -> str:
     check_name(text)
     return text
+
+
+def _tag(text: str) -> str:
+    check_tag(text)
+    return text
+
+
+def _snapshot_name(text: str) -> str:
+    name, at, which = text.partition("@")
+    if not at or not which:
+        raise InvalidRequest(f"{text!r} is not NAME@TAG or NAME@INDEX")
+    check_name(name)
+    if not which.isdigit():
+        check_tag(which)
+    return text
+
+
+def _any_name(text: str) -> str:
+    return _snapshot_name(text) if "@" in text else _name(text)
 
 
 def _vdi_size(text: str) -> int:

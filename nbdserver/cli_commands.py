@@ -103,7 +103,7 @@ def administer(arguments: argparse.Namespace) -> None:
     from objstore.volume.settings import StoreSettings
 
     _log(logging.WARNING)
-    looking = arguments.command == "status" or getattr(arguments, "vdi_command", "") in ("list", "info")
+    looking = arguments.command == "status" or getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots")
     settings = StoreSettings() if config is None else config.store
     force = getattr(arguments, "force_open", False)
     with open_admin(zones, settings, read_only=looking, force=force) as admin:
@@ -121,8 +121,12 @@ def administer(arguments: argparse.Namespace) -> None:
             from nbdserver.cli_copies import zone
 
             zone(admin, arguments)
-        else:
+        elif arguments.vdi_command in _VDI_COMMANDS:
             _VDI_COMMANDS[arguments.vdi_command](admin, arguments)
+        else:
+            from nbdserver.cli_snapshots import COMMANDS
+
+            COMMANDS[arguments.vdi_command](admin, arguments)
 
 
 def _status(admin: "Admin", arguments: argparse.Namespace) -> None:
@@ -166,7 +170,10 @@ def _vdi_delete(admin: "Admin", arguments: argparse.Namespace) -> None:
     from nbdserver.cli_progress import progress
 
     with progress(f"deleting {arguments.name}"):
-        admin.delete_vdi(arguments.name)
+        if "@" in arguments.name:
+            admin.delete_snapshot(arguments.name)
+        else:
+            admin.delete_vdi(arguments.name)
     if arguments.json:
         print_json({"deleted": arguments.name})
     else:

@@ -8,7 +8,7 @@ import msgspec
 
 from objstore.access.api import Status
 from objstore.units import format_size
-from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import RecoveryStatus, ScrubStatus, SnapshotStatus, VdiDamage, VdiStatus, ZoneStatus
 
 T = TypeVar("T")
 
@@ -65,6 +65,34 @@ def vdi_details(vdi: VdiStatus) -> str:
             ("damaged", format_size(vdi.damaged_bytes)),
         ]
     )
+
+
+def snapshot_table(snapshots: Sequence[SnapshotStatus]) -> str:
+    """One line for each snapshot."""
+    header = ("NAME", "INDEX", "SIZE", "CREATED", "STATE", "CLONES")
+    rows = [
+        (s.name, str(s.index), format_size(s.size_bytes), _moment(s.created), _snapshot_state(s), " ".join(s.clones))
+        for s in snapshots
+    ]
+    return _table([header, *rows])
+
+
+def snapshot_details(snapshot: SnapshotStatus) -> str:
+    return _fields(
+        [
+            ("name", snapshot.name),
+            ("index", str(snapshot.index)),
+            ("size", f"{format_size(snapshot.size_bytes)} ({snapshot.size_bytes} bytes)"),
+            ("created", _moment(snapshot.created)),
+            ("state", _snapshot_state(snapshot)),
+            ("clones", " ".join(snapshot.clones) or "none"),
+        ]
+    )
+
+
+def _snapshot_state(snapshot: SnapshotStatus) -> str:
+    states = ["protected"] * snapshot.protected + ["attached"] * bool(snapshot.attached)
+    return ", ".join([*states, *["VDI deleted"] * snapshot.vdi_deleted]) or "-"
 
 
 def damage_text(damage: VdiDamage) -> str:

@@ -22,14 +22,25 @@ from objstore.access.api import (
     Copies,
     CreateVdi,
     ErrorReply,
+    Protection,
     RecoveryRate,
     ServerStatus,
     Status,
+    TakeSnapshot,
     ZoneChange,
     http_status,
 )
 from objstore.errors import Busy, InvalidRequest, StoreError
-from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
+    StoreStatus,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 
 SHUTDOWN_SECONDS: Final = 10.0
 """How long `stop` waits for requests that are being answered."""
@@ -49,6 +60,13 @@ class ControlledStore(Protocol):
         self, name: str, size_bytes: int, *, copies: int | None = None, mode: str = ..., prealloc: bool = False
     ) -> VdiStatus: ...
     async def delete_vdi(self, name: str) -> None: ...
+    def snapshots(self, name: str | None = None) -> list[SnapshotStatus]: ...
+    def snapshot(self, name: str) -> SnapshotStatus: ...
+    async def create_snapshot(
+        self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
+    ) -> SnapshotTaken: ...
+    async def delete_snapshot(self, name: str) -> None: ...
+    async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus: ...
     async def damage(self, name: str) -> VdiDamage: ...
     async def start_scrub(self) -> ScrubStatus: ...
     async def set_copies(self, name: str, copies: int) -> VdiStatus: ...
@@ -120,6 +138,38 @@ class ControlServer:
     async def delete_vdi(self, name: str) -> None:
         """Delete a VDI and its data for good."""
         await self._store.delete_vdi(name)
+
+    @operation("GET", "/v1/snapshots")
+    async def list_snapshots(self) -> list[SnapshotStatus]:
+        """Every snapshot, those of deleted VDIs too."""
+        return self._store.snapshots()
+
+    @operation("GET", "/v1/vdis/{name}/snapshots")
+    async def list_snapshots_of(self, name: str) -> list[SnapshotStatus]:
+        """The snapshots of a VDI, oldest first."""
+        return self._store.snapshots(name)
+
+    @operation("POST", "/v1/vdis/{name}/snapshots", status=201)
+    async def create_snapshot(self, name: str, body: TakeSnapshot) -> SnapshotTaken:
+        """Take a snapshot; it is durable when this is answered."""
+        return await self._store.create_snapshot(
+            name, body.tag, skip_unchanged=body.skip_unchanged, protected=body.protected
+        )
+
+    @operation("GET", "/v1/snapshots/{name}")
+    async def get_snapshot(self, name: str) -> SnapshotStatus:
+        """One snapshot, called VDI@TAG or VDI@INDEX."""
+        return self._store.snapshot(name)
+
+    @operation("PUT", "/v1/snapshots/{name}")
+    async def protect_snapshot(self, name: str, body: Protection) -> SnapshotStatus:
+        """Protect a snapshot from deletion, or not any more."""
+        return await self._store.protect_snapshot(name, protected=body.protected)
+
+    @operation("DELETE", "/v1/snapshots/{name}")
+    async def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot; the space that only it needs comes back in the background."""
+        await self._store.delete_snapshot(name)
 
     @operation("GET", "/v1/vdis/{name}/damage")
     async def get_damage(self, name: str) -> VdiDamage:

@@ -9,9 +9,27 @@ from urllib.parse import quote
 
 import msgspec
 
-from objstore.access.api import Copies, CreateVdi, ErrorReply, RecoveryRate, Status, ZoneChange, error_from_reply
+from objstore.access.api import (
+    Copies,
+    CreateVdi,
+    ErrorReply,
+    Protection,
+    RecoveryRate,
+    Status,
+    TakeSnapshot,
+    ZoneChange,
+    error_from_reply,
+)
 from objstore.errors import StoreError, Unavailable
-from objstore.volume.status import RecoveryStatus, ScrubStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 
 REPLY_SECONDS_MAX: Final = 600.0
 """Longest wait for an answer; only a preallocation of a large VDI takes more than a moment."""
@@ -74,6 +92,20 @@ class ControlClient:
     def delete_vdi(self, name: str) -> None:
         self._request("DELETE", _vdi_path(name), None)
 
+    def snapshots(self, name: str | None) -> list[SnapshotStatus]:
+        path = "/v1/snapshots" if name is None else _vdi_path(name) + "/snapshots"
+        return self._ask("GET", path, list[SnapshotStatus])
+
+    def create_snapshot(self, name: str, tag: str, *, skip_unchanged: bool, protected: bool) -> SnapshotTaken:
+        wanted = TakeSnapshot(tag=tag, skip_unchanged=skip_unchanged, protected=protected)
+        return self._ask("POST", _vdi_path(name) + "/snapshots", SnapshotTaken, wanted)
+
+    def delete_snapshot(self, name: str) -> None:
+        self._request("DELETE", _snapshot_path(name), None)
+
+    def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        return self._ask("PUT", _snapshot_path(name), SnapshotStatus, Protection(protected=protected))
+
     def damage(self, name: str) -> VdiDamage:
         return self._ask("GET", _vdi_path(name) + "/damage", VdiDamage)
 
@@ -127,6 +159,10 @@ class ControlClient:
             raise error_from_reply(msgspec.json.decode(reply, type=ErrorReply))
         except msgspec.DecodeError:
             raise StoreError(f"control socket {self._path}: {method} {path} answered {response.status}") from None
+
+
+def _snapshot_path(name: str) -> str:
+    return "/v1/snapshots/" + quote(name, safe="")
 
 
 def _vdi_path(name: str) -> str:

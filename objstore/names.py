@@ -1,4 +1,4 @@
-"""What things may be called: VDIs (later, snapshots' tags), paths, numbered objects of a zone."""
+"""What things may be called: VDIs, snapshots' tags, paths, numbered objects of a zone."""
 
 import re
 import unicodedata
@@ -15,21 +15,30 @@ _NEVER: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories that have no place in one line of UTF-8: controls, surrogates, line and paragraph separators."""
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, what: str = "VDI name") -> None:
     """InvalidRequest, naming the offender, unless `name` is 1-200 bytes of UTF-8 without control character, "/", "@",
     ":" and without a leading "-" or "."."""
     if not name:
-        raise InvalidRequest("a VDI name must not be empty")
+        raise InvalidRequest(f"a {what} must not be empty")
     for character in name:
         if character in _RESERVED or unicodedata.category(character) in _NEVER:
-            raise InvalidRequest(f"VDI name {_quoted(name)} contains {character!a}, which no name may")
+            raise InvalidRequest(f"{what} {_quoted(name)} contains {character!a}, which no name may")
     if name[0] in "-.":
-        raise InvalidRequest(f"VDI name {_quoted(name)} begins with {name[0]!r}, which no name may")
+        raise InvalidRequest(f"{what} {_quoted(name)} begins with {name[0]!r}, which no name may")
     length_bytes = len(name.encode())
     if length_bytes > NAME_BYTES_MAX:
         raise InvalidRequest(
-            f"VDI name {_quoted(name)} has {length_bytes} bytes of UTF-8; at most {NAME_BYTES_MAX} are allowed"
+            f"{what} {_quoted(name)} has {length_bytes} bytes of UTF-8; at most {NAME_BYTES_MAX} are allowed"
         )
+
+
+def check_tag(tag: str) -> None:
+    """InvalidRequest unless a snapshot can have this tag: as names of VDIs, and not digits alone, which would be an
+    index; "" = none."""
+    if tag:
+        check_name(tag, "tag")
+    if tag.isdigit():
+        raise InvalidRequest(f"tag {_quoted(tag)} is a number, which would be taken for an index")
 
 
 def check_path(path: str, what: str) -> None:

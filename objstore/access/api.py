@@ -40,6 +40,20 @@ class Copies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     copies: int
 
 
+class TakeSnapshot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A snapshot to take; tag: "" = none. skip_unchanged: not if nothing was written since the last one."""
+
+    tag: str = ""
+    skip_unchanged: bool = False
+    protected: bool = False
+
+
+class Protection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whether a snapshot is protected from deletion."""
+
+    protected: bool
+
+
 class RecoveryRate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The most that recovery copies; 0 = no limit."""
 

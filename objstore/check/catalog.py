@@ -21,16 +21,29 @@ _CRC_AT: Final = 20
 
 
 class Vdi(NamedTuple):
-    """A VDI as the catalog describes it."""
+    """A VDI as the catalog describes it. base: id of the snapshot that it is a clone of, 0 = none; hidden: it was
+    deleted, its snapshots were not."""
 
     name: str
     log: int
     size_bytes: int
     copies: int
+    base: int = 0
+    hidden: bool = False
 
     @property
     def blocks(self) -> int:
         return -(-self.size_bytes // PAGE)
+
+
+class Snapshot(NamedTuple):
+    """A snapshot as the catalog describes it."""
+
+    name: str
+    log: int
+    checkpoint: int
+    position: int
+    vdi: int
 
 
 class Head(NamedTuple):
@@ -56,6 +69,7 @@ class Catalog:
     vdis: dict[int, Vdi] = field(default_factory=dict)
     heads: dict[int, Head] = field(default_factory=dict)
     garbage: set[int] = field(default_factory=set)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
     clean: bool = False
 
     def apply(self, entry: Mapping[str, Any]) -> None:
@@ -75,6 +89,12 @@ class Catalog:
             self._add_head(fields)
         elif kind == "purged":
             self.garbage.discard(member(fields, "log", int))
+        elif kind == "snapshot":
+            self._add_snapshot(fields)
+        elif kind == "snapshot-delete":
+            number = member(fields, "snapshot_id", int)
+            if self.snapshots.pop(number, None) is None:
+                raise Damaged(f"the catalog deletes snapshot {number}, which does not exist")
         elif kind != "stop":
             raise Damaged(f"the catalog has an entry of unknown type {kind!r}")
 
@@ -83,8 +103,35 @@ class Catalog:
         log = member(fields, "log", int)
         if not size_bytes or not copies or not 1 <= log < 1 << 24:
             raise Damaged(f"the catalog describes a VDI as {fields!r}")
-        self.vdis[member(fields, "vdi_id", int)] = Vdi(member(fields, "name", str), log, size_bytes, copies)
+        base = member(fields, "base", int) if "base" in fields else 0
+        name, hidden = member(fields, "name", str), bool(fields.get("hidden", False))
+        self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden)
         self.next_log = max(self.next_log, log + 1)
+
+    def _add_snapshot(self, fields: dict[str, Any]) -> None:
+        log, checkpoint = member(fields, "log", int), member(fields, "checkpoint", int)
+        vdi, index = member(fields, "vdi_id", int), member(fields, "index", int)
+        if not checkpoint or not index or not member(fields, "size_bytes", int):
+            raise Damaged(f"the catalog describes a snapshot as {fields!r}")
+        name = f"@{member(fields, 'tag', str) or index}"
+        number, position = member(fields, "snapshot_id", int), member(fields, "position", int)
+        self.snapshots[number] = Snapshot(name, log, checkpoint, position, vdi)
+
+    def contradiction(self) -> str:
+        """What of snapshots and clones refers to something that is not there; empty if nothing does."""
+        logs = {vdi.log for vdi in self.vdis.values()}
+        for snapshot in self.snapshots.values():
+            if snapshot.log not in logs or snapshot.vdi not in self.vdis:
+                return f"the snapshot of log {snapshot.log} at checkpoint {snapshot.checkpoint} belongs to no VDI"
+        for vdi in self.vdis.values():
+            if vdi.base and vdi.base not in self.snapshots:
+                return f"VDI {vdi.name} is a clone of snapshot {vdi.base}, which does not exist"
+        return ""
+
+    def snapshots_in(self, log: int) -> list[Snapshot]:
+        """The snapshots whose maps are in that log, under their whole names, oldest first."""
+        found = sorted((s for s in self.snapshots.values() if s.log == log), key=lambda s: s.checkpoint)
+        return [s._replace(name=self.vdis[s.vdi].name + s.name) for s in found]
 
     def _add_head(self, fields: dict[str, Any]) -> None:
         tail = tuple(_row(entry) for entry in member(fields, "tail", list))
@@ -124,6 +171,10 @@ def snapshot(data: bytes, store: bytes, number: int) -> Catalog:
             if not isinstance(entry, dict):
                 raise Damaged(f"the snapshot has {entry!r} in {name}")
             found.apply(entry)
+    for entry in fields.get("snapshots", []):
+        if not isinstance(entry, dict):
+            raise Damaged(f"the snapshot has {entry!r} in snapshots")
+        found.apply(entry)
     found.garbage = {log for log in member(fields, "garbage", list) if isinstance(log, int)}
     found.next_log = max(found.next_log, member(fields, "next_log", int))
     found.clean = member(fields, "clean", bool)
@@ -175,6 +226,8 @@ def read_catalog(store: Store, line: Line) -> Catalog | None:
         tail = read_tail(store, Owner(store.id, 0), holders, numbers, (head.position, head.previous_crc), rules)
         for entry in entries:
             found.apply(entry)
+        if problem := found.contradiction():
+            raise Damaged(problem)
     except Damaged as error:
         store.add(Severity.DAMAGE, "catalog", str(error))
         return None

@@ -93,8 +93,8 @@ def zones_of(paths: Sequence[Path]) -> list[DirectoryZone]:
 
 def _check_logs(store: Store, line: Line, catalog: Catalog) -> None:
     for vdi in sorted(catalog.vdis.values(), key=lambda vdi: vdi.log):
-        check_log(store, line, vdi, catalog.heads.get(vdi.log))
-        store.report.checked["VDIs"] += 1
+        check_log(store, line, vdi, catalog.heads.get(vdi.log), catalog.snapshots_in(vdi.log))
+        store.report.checked["VDIs"] += not vdi.hidden
     logs = {vdi.log for vdi in catalog.vdis.values()}
     for folder in ("log", "checkpoint"):
         for log in listing(store, folder, 6):

@@ -37,6 +37,10 @@ CHECKPOINT_BYTES_MAX: Final = 1 << 36
 """More than one has: 2 GiB of map for each TiB of a VDI, and only what changed of it."""
 REGIONS_MAX: Final = 1 << 38
 SEGMENTS_MAX: Final = 1 << 28
+LIVE: Final = 0
+DEAD: Final = 1
+KEPT: Final = 2
+"""States of a table's row."""
 
 RootTable = NDArray[Any]
 
@@ -111,7 +115,7 @@ def read_whole(store: Store, zone: int, owner: Owner, number: int) -> Whole:
         raise Damaged("there are no such regions or segments")
     if len(np.unique(rows["number"])) != len(rows) or (rows["number"] >= header.next_segment).any():
         raise Damaged("the segment table names a segment twice, or one of the tail")
-    if (rows["state"] > 1).any():
+    if (rows["state"] > KEPT).any():
         raise Damaged("the segment table has an unknown state")
     return Whole(header, entries, rows, footer.root_offset, page, last)
 

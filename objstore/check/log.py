@@ -1,6 +1,6 @@
 """One VDI's log as a whole: checkpoints, segments, map, tail, and that they tell the same story."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -8,9 +8,11 @@ from typing import Final
 
 import numpy as np
 
-from objstore.check.catalog import Head, Vdi, counts, listing
+from objstore.check.catalog import Head, Snapshot, Vdi, counts, listing
 from objstore.check.checkpoints import (
     CHECKPOINT_BYTES_MAX,
+    DEAD,
+    LIVE,
     Checkpoint,
     MapReader,
     RootTable,
@@ -45,9 +47,9 @@ RANGES_MAX: Final = 1000
 """Ranges of lost data that one finding names."""
 
 
-def check_log(store: Store, line: Line, vdi: Vdi, head: Head | None) -> None:
-    """Check the log of a VDI and report what is wrong with it. line: the epochs."""
-    _LogCheck(store, line, vdi, head).run()
+def check_log(store: Store, line: Line, vdi: Vdi, head: Head | None, snapshots: Sequence[Snapshot] = ()) -> None:
+    """Check the log of a VDI and report what is wrong with it. line: the epochs. snapshots: whose maps are in it."""
+    _LogCheck(store, line, vdi, head, snapshots).run()
 
 
 @dataclass
@@ -56,8 +58,11 @@ class _LogCheck:
     line: Line
     vdi: Vdi
     head: Head | None
+    snapshots: Sequence[Snapshot] = ()
     chosen: Checkpoint | None = None
     before: Checkpoint | None = None
+    frozen: dict[int, Snapshot] = field(default_factory=dict)
+    """Snapshots whose maps are there, by the numbers of their checkpoints."""
     readable: dict[int, int] = field(default_factory=dict)
     """Zone to read the directory of a segment from."""
 
@@ -70,14 +75,21 @@ class _LogCheck:
     def run(self) -> None:
         if self.head is None:
             self._leftover(self.segments, self.checkpoints, "belongs to an opening that was never committed")
+            for snapshot in self.snapshots:
+                self._add(Severity.DAMAGE, "snapshot", f"snapshot {snapshot.name} is in a log that was never opened")
             return
         before = self.store.report.counts[Severity.DAMAGE], self.store.report.counts[Severity.UNAVAILABLE]
         if not self._choose():
             return
+        frozen = self._find_snapshots()
         self._check_frames()
         table = self._check_table()
         tail = self._check_tail()
         self._check_lost(table, tail)
+        for snapshot in self.snapshots:
+            if snapshot.checkpoint not in frozen and tail.position < snapshot.position:
+                text = f"the map of snapshot {snapshot.name} is in no zone, and the log ends before it"
+                self._add(self._grave, "snapshot", text)
         self._check_replay()
         after = self.store.report.counts[Severity.DAMAGE], self.store.report.counts[Severity.UNAVAILABLE]
         self._report_leftover(removable=before == after and not self.store.missing)
@@ -127,13 +139,30 @@ class _LogCheck:
             text = f"the checkpoint before {self.chosen.number} can't be read: nothing is left to fall back on"
             self._add(Severity.FAULT, "checkpoint", text)
 
+    def _find_snapshots(self) -> dict[int, Snapshot]:
+        """The snapshots whose maps are there, by checkpoint. Only the newest can be still to be made from the log."""
+        newest = 0 if self.chosen is None else self.chosen.number
+        for snapshot in self.snapshots:
+            checkpoint = self.found.get(snapshot.checkpoint)
+            if checkpoint is None:
+                if snapshot.checkpoint <= newest or snapshot is not self.snapshots[-1]:
+                    text = f"the map of snapshot {snapshot.name} can't be read"
+                    self._add(self._grave, "snapshot", text, checkpoint_name(self.owner.log, snapshot.checkpoint))
+                continue
+            if checkpoint.header.position != snapshot.position:
+                text = f"is at position {checkpoint.header.position}, its snapshot {snapshot.name} at another"
+                self._add(Severity.DAMAGE, "snapshot", text, checkpoint_name(self.owner.log, snapshot.checkpoint))
+            self.frozen[snapshot.checkpoint] = snapshot
+        return self.frozen
+
     @property
     def _grave(self) -> Severity:
         return Severity.UNAVAILABLE if self.store.missing else Severity.DAMAGE
 
     @property
     def _roots(self) -> list[RootTable]:
-        return [checkpoint.root for checkpoint in (self.chosen, self.before) if checkpoint is not None]
+        checkpoints = [checkpoint for checkpoint in (self.chosen, self.before) if checkpoint is not None]
+        return [checkpoint.root for checkpoint in [*checkpoints, *(self.found[n] for n in self.frozen)]]
 
     def _check_frames(self) -> None:
         """Every frame of every checkpoint, on every copy; copies that are missing."""
@@ -151,6 +180,7 @@ class _LogCheck:
         report_copies(self.store, self.owner, self.found, self.problems, self.vdi.name)
         self.needed = set(np.unique(named["checkpoint"]).tolist())
         self.needed |= {checkpoint.number for checkpoint in (self.chosen, self.before) if checkpoint is not None}
+        self.needed |= self.frozen.keys()
         self._count_copies()
 
     def _count_copies(self) -> None:
@@ -193,21 +223,50 @@ class _LogCheck:
             everything = np.concatenate((rows, self.before.table[self.before.table["state"] == 0]))
             _, unique = np.unique(everything["number"], return_index=True)
             checks.append(MapCheck(self._reader(self.before.root), everything[unique]))
+        maps = {number: MapCheck(self._reader(self.found[number].root), rows) for number in self.frozen}
+        for number in self.frozen:
+            self._check_kept(self.found[number], rows)
         for start in range(0, max(1, len(rows)), BATCH_SEGMENTS):
             batch: dict[int, Array64 | None] = {}
             lost: dict[int, list[int]] = {}
             for row in rows[start : start + BATCH_SEGMENTS]:
-                verified = self._check_row(row, needed=int(row["number"]) in needed or not row["state"])
+                verified = self._check_row(row, needed=int(row["number"]) in needed or row["state"] != DEAD)
                 table = verified.directory
                 batch[verified.number] = None if table is None else owners(table)
                 if verified.lost:
                     lost[verified.number] = verified.lost
                 if verified.good:
                     self.readable[verified.number] = verified.good[0]
-            for check in checks:
+            for check in [*checks, *maps.values()]:
                 check.run(batch, lost, first=start == 0)
         self._report_maps(checks, rows)
+        for number, check in maps.items():
+            self._report_snapshot(self.frozen[number], check)
         return newest
+
+    def _check_kept(self, frozen: Checkpoint, rows: RootTable) -> None:
+        """Whether the newest table has every segment that the map of a snapshot may point into."""
+        needed = frozen.table["number"][frozen.table["state"] == LIVE]
+        gone = np.setdiff1d(needed, rows["number"][rows["state"] != DEAD])
+        if len(gone):
+            text = f"snapshot {self.frozen[frozen.number].name} needs it, and the newest checkpoint does not keep it"
+            self._add(Severity.DAMAGE, "snapshot", text, segment_name(self.owner.log, int(gone[0])))
+
+    def _report_snapshot(self, snapshot: Snapshot, check: MapCheck) -> None:
+        """What is wrong with the map of a snapshot; what it points at never changes any more."""
+        if check.wrong.count:
+            text = f"the map of snapshot {snapshot.name} has {check.wrong.count} wrong entries: {check.wrong.first}"
+            self._add(Severity.DAMAGE, "map", text)
+        for region, problem in sorted(check.reader.lost.items())[:RANGES_MAX]:
+            where = f"blocks {region * 1024} to {region * 1024 + 1023}"
+            text = f"the map of snapshot {snapshot.name} can't be read for {where}: {problem}"
+            self.store.add(self._grave, "map", text, vdi=snapshot.name, ranges=((region * 1024, 1024),))
+        if check.lost_count:
+            ranges = runs(np.sort(np.concatenate([blocks for blocks, _ in check.lost])).tolist())
+            text = f"{check.lost_count} blocks of data are in no copy that is here, the first at block {ranges[0][0]}"
+            severity = Severity.UNAVAILABLE if self.unavailable else Severity.DAMAGE
+            self.store.add(severity, "data-lost", text, vdi=snapshot.name, ranges=ranges[:RANGES_MAX])
+        self.store.report.checked["snapshots"] += 1
 
     def _reader(self, root: RootTable) -> MapReader:
         return MapReader(self.store, self.owner, root, self.holders)
@@ -269,7 +328,7 @@ class _LogCheck:
         for row, count in zip(rows[wrong_counters(checks[0])], live[wrong_counters(checks[0])], strict=True):
             text = f"the table says that {row['live']} blocks live, and the map has {count}"
             self._add(Severity.FAULT, "counter", text, segment_name(self.owner.log, int(row["number"])))
-        for row in rows[(rows["state"] == 1) & (live > 0)]:
+        for row in rows[(rows["state"] != LIVE) & (live > 0)]:
             text = "is listed as dead, and the map points into it"
             self._add(Severity.DAMAGE, "map", text, segment_name(self.owner.log, int(row["number"])))
 

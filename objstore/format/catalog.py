@@ -9,8 +9,12 @@ from objstore.errors import FormatError
 from objstore.units import BLOCK_BYTES
 
 
-class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True):
-    """A VDI is created (or its description replaced)."""
+class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaults=True):
+    """A VDI is created (or its description replaced).
+
+    base: the snapshot whose map its own began with, 0 = it began empty. hidden: it was deleted, its name is free, but
+    its log stays for its snapshots. emptied: and its own data is discarded already.
+    """
 
     vdi_id: int
     name: str
@@ -20,6 +24,9 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True):
     mode: str
     created: float
     prealloc: bool
+    base: int = 0
+    hidden: bool = False
+    emptied: bool = False
 
 
 class DeleteEntry(msgspec.Struct, frozen=True, tag="delete", kw_only=True):
@@ -57,16 +64,42 @@ class PurgedEntry(msgspec.Struct, frozen=True, tag="purged", kw_only=True):
     log: int
 
 
+class SnapshotEntry(msgspec.Struct, frozen=True, tag="snapshot", kw_only=True, omit_defaults=True):
+    """A snapshot exists (or its description is replaced): the map of `log` behind the operation at `position`, which is
+    the map of checkpoint number `checkpoint` of that log.
+
+    vdi_id: whose snapshot it is. index: 1 and up for each VDI, never given twice to one that exists. tag: "" = none.
+    """
+
+    snapshot_id: int
+    log: int
+    checkpoint: int
+    position: int
+    vdi_id: int
+    tag: str
+    index: int
+    size_bytes: int
+    created: float
+    protected: bool = False
+    hidden: bool = False
+
+
+class SnapshotDeleteEntry(msgspec.Struct, frozen=True, tag="snapshot-delete", kw_only=True):
+    """A snapshot is deleted."""
+
+    snapshot_id: int
+
+
 class StopEntry(msgspec.Struct, frozen=True, tag="stop", kw_only=True):
     """The store was closed cleanly."""
 
     wall: float
 
 
-Entry: TypeAlias = VdiEntry | DeleteEntry | HeadEntry | PurgedEntry | StopEntry
+Entry: TypeAlias = VdiEntry | DeleteEntry | HeadEntry | PurgedEntry | SnapshotEntry | SnapshotDeleteEntry | StopEntry
 
 
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The whole catalog at one position of its log. garbage: logs of deleted VDIs not yet purged."""
 
     next_log: int
@@ -75,6 +108,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     heads: list[HeadEntry]
     garbage: list[int]
     clean: bool
+    snapshots: list[SnapshotEntry] = []
+    next_snapshot: int = 1
 
 
 _ENTRY = msgspec.msgpack.Decoder(Entry)

@@ -24,6 +24,8 @@ FRAME: Final = struct.Struct("<III")
 FOOTER: Final = struct.Struct("<8sI16sIIQQQQII52x")
 FOOTER_BYTES: Final = 128
 ROOT: Final = np.dtype([("region", "<u8"), ("checkpoint", "<u4"), ("length", "<u4"), ("offset", "<u8")])
+ROOT_LOG_SHIFT: Final = 40
+"""A root's `region` has the log of the page above this bit where it is not the checkpoint's own."""
 TABLE: Final = np.dtype(
     [
         ("number", "<u4"),
@@ -37,6 +39,7 @@ TABLE: Final = np.dtype(
 )
 LIVE: Final = 0
 DEAD: Final = 1
+KEPT: Final = 2
 
 assert FOOTER.size == FOOTER_BYTES
 assert ROOT.itemsize == 24

@@ -29,6 +29,7 @@ from objstore.format.checkpoint import (
 )
 from objstore.log.blockmap import PageRef
 from objstore.log.env import Env
+from objstore.log.root import LOG_SHIFT
 from objstore.names import object_number
 from objstore.replica.zone import run, run_long
 from objstore.units import BLOCK_BYTES
@@ -36,6 +37,7 @@ from objstore.units import BLOCK_BYTES
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES: Final = 1 << 20
+NUMBER_MASK: Final = (1 << LOG_SHIFT) - 1
 
 
 def checkpoint_folder(log: int) -> str:
@@ -182,6 +184,20 @@ async def newest_checkpoint(
     return Found(None, sizes)
 
 
+async def find_checkpoint(env: Env, log: int, number: int, zones: CheckpointZones) -> Loaded | None:
+    """Read one checkpoint from any zone that has it whole; None: none in service has. zones: who has it."""
+    for z in env.serving(zones(number)):
+        try:
+            return await run(env.executor, z, read_checkpoint, env.zones[z].backend, env.store_id, log, number)
+        except StoreError as error:
+            logger.warning(
+                "checkpoint unreadable name=%s zone=%r: %s", checkpoint_name(log, number), env.zones[z], error
+            )
+            if isinstance(error, ZoneFailed):
+                env.read_failed(z, error)
+    return None
+
+
 async def _complete(env: Env, log: int, number: int, source: int, seen: list[int], zones: CheckpointZones) -> None:
     """Put a checkpoint into the zones of its placement that lack it."""
     for lacking in set(zones.wanted()).difference(seen):
@@ -199,7 +215,7 @@ def read_pages(backend: Backend, store_id: bytes, log: int, wanted: list[tuple[i
     """In a zone's thread: the encoded regions of one checkpoint's pages; None where this zone's copy is bad."""
     pages: list[bytes | None] = []
     try:
-        handle = backend.open(checkpoint_name(log, wanted[0][1].checkpoint))
+        handle = backend.open(checkpoint_name(log, wanted[0][1].checkpoint & NUMBER_MASK))
     except NotFound:
         return [None] * len(wanted)
     try:
@@ -207,7 +223,8 @@ def read_pages(backend: Backend, store_id: bytes, log: int, wanted: list[tuple[i
             frame = bytearray(ref.length)
             handle.read(ref.offset, [memoryview(frame)])
             try:
-                page = decode_frame(bytes(frame), store_id=store_id, log=log, number=ref.checkpoint, region=region)
+                number = ref.checkpoint & NUMBER_MASK
+                page = decode_frame(bytes(frame), store_id=store_id, log=log, number=number, region=region)
             except FormatError:
                 pages.append(None)
             else:
@@ -221,31 +238,33 @@ async def load_pages(
     env: Env, log: int, wanted: list[tuple[int, PageRef]], zones_of: Callable[[int], Iterable[int]]
 ) -> Iterator[tuple[int, PageRef, bytes]]:
     """The encoded regions behind `wanted`, each from the first zone that has it whole. Corrupt: no zone has.
-    Unavailable: a zone that may have it failed, or is out of service."""
+    Unavailable: a zone that may have it failed, or is out of service. log, zones_of: whose map it is, and which zones
+    have its own checkpoints."""
     found: list[tuple[int, PageRef, bytes]] = []
     by_checkpoint: dict[int, list[tuple[int, PageRef]]] = {}
     for region, ref in wanted:
         by_checkpoint.setdefault(ref.checkpoint, []).append((region, ref))
-    for number, pairs in by_checkpoint.items():
+    for key, pairs in by_checkpoint.items():
         left = sorted(pairs, key=lambda pair: pair[1].offset)
-        holders = tuple(zones_of(number))
+        owner, number = key >> LOG_SHIFT or log, key & NUMBER_MASK
+        holders = tuple(zones_of(number) if owner == log else env.page_zones[owner](number))
         silent = [z for z in holders if z not in env.in_service]
         for z in env.serving(holders):
             if not left:
                 break
             try:
-                pages = await run(env.executor, z, read_pages, env.zones[z].backend, env.store_id, log, left)
+                pages = await run(env.executor, z, read_pages, env.zones[z].backend, env.store_id, owner, left)
             except StoreError as error:
-                logger.warning("map pages unreadable checkpoint=%s: %s", checkpoint_name(log, number), error)
+                logger.warning("map pages unreadable checkpoint=%s: %s", checkpoint_name(owner, number), error)
                 silent.append(z)
                 continue
             found += [(r, ref, page) for (r, ref), page in zip(left, pages, strict=True) if page is not None]
             left = [pair for pair, page in zip(left, pages, strict=True) if page is None]
         if left and silent:
             names = ", ".join(repr(env.zones[z]) for z in silent)
-            raise Unavailable(f"map pages of log {log} are on zones that are out of reach: {names}")
+            raise Unavailable(f"map pages of log {owner} are on zones that are out of reach: {names}")
         if left:
-            raise Corrupt(f"map pages can't be read from any zone log={log} checkpoint={number} region={left[0][0]}")
+            raise Corrupt(f"map pages can't be read from any zone log={owner} checkpoint={number} region={left[0][0]}")
     return iter(found)
 
 

@@ -4,6 +4,10 @@ A moved block names its source; it counts only if the map still says exactly tha
 a client's newer write always wins. Sources lie below every unsealed segment, so that opening a log, which gives new
 addresses to the unsealed end, never changes one.
 
+Segments that the map of a snapshot needs are left alone: neither moved nor counted in what space is judged by. When
+the log's own map does not point into one any more that is noted (`Segment.emptied`), so that later snapshots don't need
+it.
+
 Share = live data over file length, because a log of small flushed writes is half headers on the day it is written.
 Live counters only choose victims: a segment is dead when its directory shows no block that the map still points at.
 """
@@ -109,8 +113,8 @@ class Collector:
 
     def _judge(self) -> None:
         disk = self.disk
-        total = disk.total_blocks + disk.dead_blocks
-        allowed = disk.live_total * SPACE_TIGHT + TIGHT_SEGMENTS * disk.writer.segment_blocks
+        total = disk.loose_blocks + disk.dead_blocks
+        allowed = disk.loose_live * SPACE_TIGHT + TIGHT_SEGMENTS * disk.writer.segment_blocks
         self.tight = total > allowed and self._worthwhile() and disk.writer.error is None and not self._closed
         if not self.tight:
             self._let_go()
@@ -125,7 +129,7 @@ class Collector:
     def _worthwhile(self) -> bool:
         """Whether collecting can free anything worth waiting for."""
         disk = self.disk
-        return bool(disk.dead) or disk.total_blocks * SHARE_MAX > disk.live_total + disk.writer.segment_blocks * 2
+        return bool(disk.dead) or disk.loose_blocks * SHARE_MAX > disk.loose_live + disk.writer.segment_blocks * 2
 
     async def room(self) -> None:
         """Wait while space is tight. Who waits makes the collector look again: what was tight may be so no more, and
@@ -162,6 +166,15 @@ class Collector:
         finally:
             self._pressed -= 1
         return True
+
+    async def round(self) -> None:
+        """Look for work and return when there is none left, or none that can be done now."""
+        if self._closed or self._task.done():
+            return
+        waiter: asyncio.Future[None] = self.disk.env.loop.create_future()
+        self._round_waiters.append(waiter)
+        self._wake.set()
+        await waiter
 
     async def _run(self) -> None:
         while not self._closed:
@@ -235,13 +248,13 @@ class Collector:
     def _above(self, space: float) -> bool:
         """Whether the files hold more than `space` blocks for each live one, and a few segments."""
         disk = self.disk
-        wanted = disk.live_total * space + SLACK_SEGMENTS * disk.writer.segment_blocks
-        return disk.total_blocks + disk.dead_blocks > wanted
+        wanted = disk.loose_live * space + SLACK_SEGMENTS * disk.writer.segment_blocks
+        return disk.loose_blocks + disk.dead_blocks > wanted
 
     def _owed(self) -> bool:
         """So much waits for checkpoints before it is freed that moving more blocks would only take more space."""
         disk = self.disk
-        return disk.dead_blocks > max(4 * disk.writer.segment_blocks, disk.live_total // 8)
+        return disk.dead_blocks > max(4 * disk.writer.segment_blocks, disk.loose_live // 8)
 
     def _victims(self) -> list[Segment]:
         """The best victims now, emptiest first; only dead ones unless space is wanted."""
@@ -256,7 +269,10 @@ class Collector:
         found = [
             (segment.live / segment.blocks, number, segment)
             for number, segment in disk.segments.items()
-            if number < below and segment.live <= share_max * segment.blocks and number not in self._unmovable
+            if number < below
+            and segment.live <= share_max * segment.blocks
+            and not (segment.held and (segment.emptied or segment.live > 0))
+            and number not in self._unmovable
         ]
         found.sort(key=lambda item: item[:2])
         readable = (segment for _, _, segment in found if disk.env.serving(segment.zones))
@@ -348,6 +364,9 @@ class Collector:
         """Move what is live and mark the segment dead, unless its directory or a live block can't be read."""
         disk = self.disk
         while fetched is not None and len(fetched.lbas):
+            if segment.held:  # its counter is too low, or a snapshot was taken meanwhile: its map has what lives here
+                self._unmovable.add(segment.number)
+                return
             if fetched.bad:
                 self._unmovable.add(segment.number)
                 log.error("segment can't be collected, blocks damaged in every zone segment=%s", segment.name)
@@ -420,15 +439,20 @@ class Collector:
         heads = heads_of(lbas - places)
         counts = np.diff(heads, append=len(lbas)).tolist()
         disk.moving = True
+        still = disk.still_position == disk.writer.position
         try:
             target, into = disk.writer.append_moves(lbas[heads].tolist(), counts, crcs.tolist(), entries.tolist())
         finally:
             disk.moving = False
+        if still:
+            disk.still_position = disk.writer.position
         set_one = disk.map.set_one
         for entry, lba in enumerate(lbas.tolist(), target):
             set_one(lba, entry)
         disk.env.segments[target >> BLOCK_BITS].live += len(lbas)
         victim.live -= len(lbas)
+        if victim.held:  # since it was chosen
+            disk.held_live -= len(lbas)
         return np.frombuffer(into, np.uint8).reshape(-1, BLOCK_BYTES)
 
     async def close(self) -> None:

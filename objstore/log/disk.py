@@ -1,4 +1,4 @@
-"""One writable log with its block map: what changes blocks, what reads them, and the account of live segments.
+"""One writable log with its block map: what changes blocks, and the account of live segments. Reading: view.py.
 
 Whole blocks only; bytes, admission and modes are the volume's business (volume/vdi.py). Decisions are plain functions;
 a coroutine here awaits only reads. Every append and the change of the map that belongs to it happen in one loop turn.
@@ -6,28 +6,22 @@ a coroutine here awaits only reads. Every append and the change of the map that 
 Holds: the map says exactly what replaying the log up to writer.position would give (a request of several parts takes
 effect with its last; of what discards a large range, `apply_more` brings the rest); a segment's `live` counts the
 map's entries that point into it, except for regions that a large discard dropped and that `Keeper` still has to count:
-then it is too high, never too low.
+then it is too high, never too low. Segments of other logs, which the map of a clone points into, are not counted here.
 """
 
 import logging
-from array import array
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from objstore.errors import Corrupt, Unavailable
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX, Flag, Kind
 from objstore.format.segment import Directory
-from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, HOLE, RESERVED, SEGMENT_MAX
+from objstore.log.address import BLOCK_BITS, HOLE, RESERVED, SEGMENT_BITS, SEGMENT_MAX
 from objstore.log.blockmap import FILL_STEP, BlockMap, PageRef
-from objstore.log.checkpoint import load_pages
-from objstore.log.damage import Damage, merge_ranges
 from objstore.log.env import Env
-from objstore.log.mapmemory import MapOwner
-from objstore.log.reader import read_run, read_run_now, zero_fill
-from objstore.log.regions import decode_region
 from objstore.log.segment import Segment
+from objstore.log.view import MappedView
 from objstore.log.writer import LogWriter
-from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
+from objstore.units import BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +29,31 @@ FILL_AT_ONCE_BLOCKS: Final = FILL_STEP << REGION_SHIFT
 FILL_KIND: Final = {HOLE: Kind.TRIM, RESERVED: Kind.ZERO}
 
 
-class Disk:
+class Disk(MappedView):
     """A log, its map, its segments. Touched by the event loop only.
 
     segments: the live table of this log, number -> Segment (the open one included). dead: segments without live
     blocks that wait to be freed, with the number of checkpoints begun and completed since they died.
-    live_total: blocks of the disk that hold data. total_blocks, dead_blocks: blocks of the files of `segments` and of
-    `dead`, in one zone.
+    live_total: blocks of the disk whose data lies in this log. total_blocks, dead_blocks: blocks of the files of
+    `segments` and of `dead`, in one zone. held_live, held_blocks: what of live_total and total_blocks lies in segments
+    that the map of a snapshot needs (`Segment.held`): nothing of it can be freed by moving it.
     """
 
     def __init__(self, env: Env, log_number: int, blocks: int, blockmap: BlockMap, writer: LogWriter) -> None:
-        self.env = env
-        self.log = log_number
-        self.blocks = blocks
-        self.map = blockmap
+        super().__init__(env, log_number, blocks, blockmap)
         self.writer = writer
         writer.observer = self
         self.segments: dict[int, Segment] = {}
         self.dead: dict[int, tuple[Segment, int]] = {}
-        self.damage = Damage()
-        self.checkpoint_zones: Callable[[int], tuple[int, ...]] = lambda number: tuple(range(len(env.zones)))
-        self.owner: MapOwner | None = None
-        """Whose map this is in the account of memory."""
         self.live_total = 0
         self.total_blocks = 0
         self.dead_blocks = 0
+        self.held_live = 0
+        self.held_blocks = 0
+        self.still_since = -1
+        self.still_position = -1
+        """From the first of these positions, that of the newest snapshot of this run, to the second there are
+        operations of collection alone."""
         self.moving = False
         self.finished: list[Directory] = []
         """While the log is being opened: directories of the segments made so far."""
@@ -98,12 +92,42 @@ class Disk:
         self.total_blocks += segment.blocks
 
     def bury(self, segment: Segment) -> None:
-        """No block of the segment is in the map any more (its directory was checked): to be freed in time."""
+        """No block of the segment is in the map any more (its directory was checked): to be freed in time, or once no
+        snapshot needs it."""
+        if segment.held:
+            segment.emptied = True
+            return
         del self.segments[segment.number]
         segment.live = 0
         self.total_blocks -= segment.blocks
         self.dead_blocks += segment.blocks
         self.dead[segment.number] = (segment, 0)
+
+    def hold(self, segment: Segment) -> None:
+        """The map of a snapshot needs the segment, whatever becomes of this disk's. Idempotent."""
+        if not segment.held:
+            segment.held = True
+            self.held_blocks += segment.blocks
+            self.held_live += segment.live
+
+    def release(self, segment: Segment) -> None:
+        """No snapshot needs the segment any more. Idempotent."""
+        if segment.held:
+            segment.held = False
+            self.held_blocks -= segment.blocks
+            self.held_live -= segment.live
+            if segment.emptied:
+                self.bury(segment)
+
+    @property
+    def loose_live(self) -> int:
+        """Blocks with data in segments that collection may move."""
+        return self.live_total - self.held_live
+
+    @property
+    def loose_blocks(self) -> int:
+        """Blocks of the files of those segments."""
+        return self.total_blocks - self.held_blocks
 
     # -- changing -----------------------------------------------------------------------------------------------
 
@@ -132,9 +156,13 @@ class Disk:
         segments[entry >> BLOCK_BITS].live += 1
         old = blockmap.set_one(lba, entry)
         if old > RESERVED:
-            segments[old >> BLOCK_BITS].live -= 1
-        else:
-            self.live_total += 1
+            segment = segments[old >> BLOCK_BITS]
+            if segment.log == self.log:
+                segment.live -= 1
+                if segment.held:
+                    self.held_live -= 1
+                return True
+        self.live_total += 1
         return True
 
     def write_now(self, lba: int, data: memoryview) -> bool:
@@ -223,9 +251,13 @@ class Disk:
         """Blocks by segment key that the map points at no more."""
         segments = self.env.segments
         for key, blocks in replaced.items():
+            if key >> SEGMENT_BITS != self.log:
+                continue
             segment = segments.get(key)
             if segment is not None:  # else: regions dropped uncounted, whose segment was found dead and freed before
                 segment.live -= blocks
+                if segment.held:
+                    self.held_live -= blocks
             self.live_total -= blocks
 
     def forget_parts(self) -> None:
@@ -238,33 +270,6 @@ class Disk:
 
     # -- map pages ----------------------------------------------------------------------------------------------
 
-    async def load(self, wanted: list[tuple[int, PageRef]], *, evict: bool = True) -> None:
-        """Bring these regions of the map into memory, or some of them. Corrupt: a page is bad in every zone;
-        Unavailable: in every zone that is in service.
-
-        evict: make room for them first. Whoever asks a second time for the same range doesn't: what was loaded for it
-        the first time would be the first to go.
-        """
-        if not wanted:
-            return
-        if evict:
-            self.evict()
-        try:
-            pages = await load_pages(self.env, self.log, wanted, self.checkpoint_zones)
-        except (Corrupt, Unavailable):
-            # A checkpoint may have taken these pages over meanwhile, and the one that held them is gone: the caller
-            # looks again and finds them there.
-            if all(self.map.regions.get(region) == ref for region, ref in wanted):
-                raise
-            return
-        for region, ref, page in pages:
-            self.map.load(region, ref, decode_region(page))
-
-    def evict(self) -> None:
-        """Bring the maps back below their memory limit, if clean regions can go."""
-        if self.owner is not None:
-            self.env.maps.evict(self.owner)
-
     async def load_edges(self, lba: int, count: int) -> None:
         """Bring in what `append_write` and `append_fill` of the range need; it may be the last part of a request, with
         which the parts before take effect too."""
@@ -273,137 +278,3 @@ class Disk:
         while wanted := list(dict.fromkeys(pair for part in ranges for pair in self.map.missing_edges(*part))):
             await self.load(wanted, evict=evict)
             evict = False
-
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    def read_block_now(self, lba: int, into: memoryview) -> int:
-        """One block: 0 = `into` holds it, 1 = it is zeros and `into` untouched, -1 = can't without waiting."""
-        value = self.map.regions.get(lba >> REGION_SHIFT)
-        if type(value) is array:
-            entry = value[lba & REGION_MASK]
-        elif value is None:
-            return 1
-        elif type(value) is PageRef:
-            return -1
-        else:
-            entry = self.map.lookup(lba)
-        if entry <= RESERVED:
-            return 1
-        segment = self.env.segments[entry >> BLOCK_BITS]
-        return 0 if read_run_now(segment, entry & BLOCK_IN_SEGMENT_MASK, 1, into) else -1
-
-    def read_now(self, lba: int, count: int, into: memoryview) -> int:
-        """Blocks of zeros in the range, `into` untouched if that is all of them; -1 = can't without waiting."""
-        if count == 1:
-            return self.read_block_now(lba, into)
-        if self.map.missing(lba, count):
-            return -1
-        segments = self.env.segments
-        zeros: list[tuple[int, int]] = []
-        zero_blocks = done = 0
-        for entry, n in self.map.runs(lba, count):
-            if entry <= RESERVED:
-                zeros.append((done, n))
-                zero_blocks += n
-            else:
-                part = into[done << BLOCK_SHIFT : (done + n) << BLOCK_SHIFT]
-                if not read_run_now(segments[entry >> BLOCK_BITS], entry & BLOCK_IN_SEGMENT_MASK, n, part):
-                    return -1
-            done += n
-        if done < count:
-            return -1
-        if zero_blocks < count:
-            zero_fill(into, zeros)
-        return zero_blocks
-
-    async def read(self, lba: int, count: int, into: memoryview) -> int:
-        """As read_now, waiting for zones. Corrupt, with `bad` in bytes from the start of the disk: every other byte of
-        `into` is filled."""
-        env = self.env
-        zeros: list[tuple[int, int]] = []
-        bad: list[int] = []
-        done = 0
-        while done < count:
-            end = min(count, done + RECORD_DATA_BLOCKS_MAX)
-            evict = True
-            while wanted := self.map.missing(lba + done, end - done):
-                await self.load(wanted, evict=evict)
-                evict = False
-            for entry, n in self.map.runs(lba + done, end - done):
-                if entry <= RESERVED:
-                    zeros.append((done, n))
-                    done += n
-                    continue
-                segment = env.segments[entry >> BLOCK_BITS]
-                block = entry & BLOCK_IN_SEGMENT_MASK
-                part = into[done << BLOCK_SHIFT : (done + n) << BLOCK_SHIFT]
-                if read_run_now(segment, block, n, part):
-                    done += n
-                    continue
-                n, in_memory = stretch(segment, block, n)
-                part = part[: n << BLOCK_SHIFT]
-                if in_memory:
-                    read_run_now(segment, block, n, part)
-                else:
-                    bad += [done + i for i in await self._read_zones(lba + done, entry, segment, n, part)]
-                done += n
-                break  # the map may have changed while this waited
-        zero_blocks = sum(n for _, n in zeros)
-        if zero_blocks < count:
-            zero_fill(into, zeros)
-        if bad:
-            raise Corrupt(
-                f"no zone has these blocks whole log={self.log} blocks={len(bad)} first={lba + bad[0]}",
-                merge_ranges([((lba + i) << BLOCK_SHIFT, BLOCK_BYTES) for i in bad]),
-            )
-        return zero_blocks
-
-    async def _read_zones(self, lba: int, entry: int, segment: Segment, count: int, into: memoryview) -> list[int]:
-        """Fill `into` from the zones; indices of damaged blocks. A block that the map has moved meanwhile is read
-        where it is now before it counts as damaged."""
-        holders = segment.zones  # one that is put out before it has the seal is taken off the segment
-        try:
-            data, bad = await read_run(self.env, segment, entry & BLOCK_IN_SEGMENT_MASK, count)
-        except Corrupt:
-            data, bad = None, list(range(count))
-        if data is not None:
-            into[:] = data
-        damaged = []
-        for i in bad:
-            while wanted := self.map.missing(lba + i, 1):
-                await self.load(wanted)
-            part = into[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
-            if self.map.lookup(lba + i) == entry + i:
-                out = [z for z in holders if z not in self.env.in_service]
-                if out:  # nobody can say that it is damaged
-                    names = ", ".join(repr(self.env.zones[z]) for z in out)
-                    raise Unavailable(f"block {lba + i} of log {self.log} is on zones that are out: {names}")
-                part[:] = bytes(BLOCK_BYTES)
-                damaged.append(i)
-                self.damage.note(lba + i, entry + i)
-                continue
-            try:
-                if await self.read(lba + i, 1, part):
-                    part[:] = bytes(BLOCK_BYTES)
-            except Corrupt:
-                damaged.append(i)
-        return damaged
-
-    async def extents(self, lba: int, count: int, extents_max: int) -> list[tuple[int, int]]:
-        """(HOLE, RESERVED or ENTRY_MIN for data, blocks), from the start of the range; may cover less."""
-        while True:
-            await self.load(self.map.missing(lba, 1))
-            if not self.map.missing(lba, 1):
-                return self.map.extents(lba, count, extents_max)
-
-
-def stretch(segment: Segment, block: int, count: int) -> tuple[int, bool]:
-    """(blocks from `block` on that are alike, at most count; whether they are in memory)."""
-    memory = segment.memory
-    if memory is None:
-        return count, False
-    in_memory = memory[block] is not None
-    n = 1
-    while n < count and (memory[block + n] is not None) is in_memory:
-        n += 1
-    return n, in_memory

@@ -113,6 +113,8 @@ class Env:
         self.epoch = 0
         self.epoch_id = bytes(16)
         self.segments: dict[int, Segment] = {}
+        self.page_zones: dict[int, Callable[[int], tuple[int, ...]]] = {}
+        """Of each log that is open: which zones have its checkpoint of that number."""
         self.pool = BufferPool()
         self.dirty_bytes = 0
         self.dirty_bytes_max = settings.dirty_bytes_max

@@ -7,6 +7,11 @@ checkpoint commits by appearing under its name in every zone of the disk.
 Every step in the event loop is bounded, whatever the size of the disk; what numpy does with a whole root or table is
 done in a zone's thread, on arrays that nobody changes.
 
+A snapshot is a checkpoint that stays (`begin_snapshot`): the one that begins at its position. It is kept with the pages
+and the segments that it needs (holds.py) until the snapshot is deleted. Writing it must succeed in the end, because
+nothing else knows the map at that position: where the zones are full it is begun again from the frozen regions until
+there is space, or until the log is closed; opening it brings the map to that position and freezes it there again.
+
 Dead segments are freed after two checkpoints that began after their death are complete: the newest checkpoint may turn
 out unreadable, and the one before it needs its tail. The two newest checkpoints, and older ones whose map pages they
 refer to, are kept.
@@ -16,22 +21,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from array import array
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from objstore.backend.base import ZoneFailed
 from objstore.errors import Corrupt, FormatError, NoSpace, StoreError, Unavailable
-from objstore.format.checkpoint import DEAD, LIVE, TABLE, CheckpointHeader
+from objstore.format.checkpoint import DEAD, LIVE, CheckpointHeader
 from objstore.log.blockmap import Frozen, PageRef
 from objstore.log.checkpoint import CheckpointWriter, checkpoint_name, load_pages
 from objstore.log.disk import Disk
-from objstore.log.regions import Region, decode_region, tally
+from objstore.log.holds import Holds, pages_of
+from objstore.log.parts import Owed, Uncounted, Written, make_table, state_of
+from objstore.log.regions import decode_region, tally
 from objstore.log.root import Root, in_checkpoints, live_bytes, merged, without
 from objstore.log.segment import Segment
 from objstore.replica.zone import run
@@ -66,15 +71,9 @@ COUNTED_AT_ONCE: Final = 64
 EVICT_AT_ONCE: Final = 64
 PAGES_AT_ONCE: Final = 256
 """Map pages encoded between two turns of the event loop: 3 to 40 us each."""
-ROWS_AT_ONCE: Final = 2048
-"""The same for rows of the segment table, 2 us each."""
-
-
-class Uncounted(NamedTuple):
-    """Regions that large discards have dropped and that the live counters still have: in memory, and as pages."""
-
-    regions: list[Region]
-    refs: list[tuple[int, PageRef]]
+SPACE_RETRY_SECONDS: Final = 1.0
+"""Between attempts to write the map of a snapshot that found no space."""
+FORGET_AT_ONCE: Final = 1 << 12
 
 
 class Keeper:
@@ -92,18 +91,32 @@ class Keeper:
         self.durable_number = 0
         self.next_number = 1
         self.position = 0
+        self.previous_crc = 0
         self.next_segment = 0
         self.previous_next_segment = 0
         self.root = Root()
         self.sizes: dict[int, int] = {}
-        self.previous_needs: frozenset[int] = frozenset()
+        self.needs: frozenset[int] = frozenset()
+        self.needs_before: frozenset[int] = frozenset()
+        """The checkpoints that the pages of the newest one and of the one before lie in."""
+        self.number_before = 0
+        self.holds = Holds(disk)
+        self.owed: Owed | None = None
+        """A snapshot's map that opening the log has frozen: `start` begins to write it."""
         self.freed = 0
         """Segments whose files are gone, since the disk was opened."""
         self.on_progress: Callable[[], None] | None = None
         """Called when a checkpoint has ended, well or not, and when a segment's files are gone."""
         self.wanted = False
         self._task: asyncio.Task[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        """Told when the checkpoint under way has ended, or finds no space."""
         self._failed: StoreError | None = None
+        self._for_snapshot = 0
+        """Number of the checkpoint under way if it is a snapshot's."""
+        self._wants_snapshot = False
+        self._space_waiter: asyncio.Future[None] | None = None
+        """While the map of a snapshot waits for space."""
         self.gave_up = False
         """The last checkpoint found no space: another one now would not either."""
         self._closed = False
@@ -120,6 +133,11 @@ class Keeper:
         memory = self.disk.env.maps
         self.disk.map.join(memory)
         memory.owners.append(self)
+        owed, self.owed = self.owed, None
+        if owed is not None:
+            self.next_number = max(self.next_number, owed.header.number + 1)
+            self._for_snapshot = owed.header.number
+            self._go(owed)
 
     def leave(self) -> None:
         """The map's memory doesn't count any more: the log has failed or is closed. Idempotent."""
@@ -184,7 +202,7 @@ class Keeper:
             return True
         unseen = sum(segment.blocks for segment, seen in disk.dead.values() if not seen)
         segment_blocks = disk.writer.segment_blocks
-        return unseen >= (segment_blocks if self.tight else max(2 * segment_blocks, disk.live_total // DEAD_SHARE))
+        return unseen >= (segment_blocks if self.tight else max(2 * segment_blocks, disk.loose_live // DEAD_SHARE))
 
     def boundary(self) -> None:
         """Called at every boundary between segments."""
@@ -237,15 +255,76 @@ class Keeper:
     async def checkpoint(self) -> None:
         """Write a checkpoint of everything appended before this call. StoreError: it could not be written."""
         while self._task is not None:
-            await asyncio.wait([self._task])
+            await self._settled()
         self._failed = None
         self._force()
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        await self._settled()
         if self._failed is not None:
             raise self._failed
         if self.disk.writer.error is not None:
             raise self.disk.writer.error
+
+    async def _settled(self) -> None:
+        """Wait for the checkpoint under way. NoSpace: it waits for space."""
+        task = self._task
+        while task is not None and self._task is task:
+            if self._space_waiter is not None:
+                raise NoSpace(f"the map of a snapshot finds no space log={self.disk.log}")
+            await self._progress()
+        if task is not None:
+            await asyncio.wait([task])
+
+    async def _progress(self) -> None:
+        waiter: asyncio.Future[None] = self.disk.env.loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def _tell(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    @property
+    def ready_for_snapshot(self) -> bool:
+        """Whether `begin_snapshot` may be called now."""
+        return self._task is None and not self._closed and not self.disk.between_parts
+
+    async def next_chance(self) -> None:
+        """Wait until `ready_for_snapshot` may have become true. NoSpace: it will not."""
+        await self._settled()
+        await asyncio.sleep(0)
+
+    def begin_snapshot(self) -> int:
+        """Begin the checkpoint of everything appended so far, which stays until `end_snapshot`; its number. All that
+        its map needs is kept from now on."""
+        assert self.ready_for_snapshot
+        if self.disk.writer.error is not None:
+            raise self.disk.writer.error
+        self.wanted = self._wants_snapshot = True
+        if self.disk.writer.has_records:
+            self.disk.writer.finish_segment()
+        else:
+            self.boundary()
+        assert self._for_snapshot, "the boundary between two segments begins the checkpoint"
+        self.disk.still_since = self.disk.still_position = self.disk.writer.position
+        return self._for_snapshot
+
+    def end_snapshot(self, number: int) -> None:
+        """The snapshot of that checkpoint is gone, or never came to be."""
+        self.holds.release(number)
+        self._drop_unneeded()
+        if self.on_progress is not None:
+            self.on_progress()
+
+    async def snapshot_written(self, number: int) -> None:
+        """Wait until that checkpoint is complete. StoreError: it could not be written, or there is no space for it."""
+        while self._for_snapshot == number:
+            await self._settled()
+        if self.number < number:
+            raise self._failed or Unavailable(f"the map of a snapshot could not be written log={self.disk.log}")
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -266,64 +345,104 @@ class Keeper:
             self.next_segment,
         )
         self.next_number += 1
-        rows = [(segment, LIVE) for segment in disk.segments.values() if segment.number < next_segment]
+        self._for_snapshot, self._wants_snapshot = (header.number if self._wants_snapshot else 0), False
+        rows = [(segment, state_of(segment)) for segment in disk.segments.values() if segment.number < next_segment]
         live = array("I", [max(0, segment.live) for segment, _ in rows])
         dead = [segment for segment, _ in disk.dead.values()]
         # The counters of this moment: replay of the tail goes on from there. What large discards have dropped by now is
         # still in them, and nobody will remember after the next opening: it is counted while the pages are written.
         uncounted = Uncounted(disk.map.dropped.copy(), disk.map.dropped_refs.copy())
+        if self._for_snapshot:
+            self.holds.begin(header.number, (segment for segment, state in rows if state == LIVE))
         rows += [(segment, DEAD) for segment, seen in disk.dead.values() if not seen]
-        frozen = disk.map.freeze()
-        self._task = disk.env.loop.create_task(self._write(header, frozen, rows, live, dead, uncounted))
-        disk.writer.watch(self._task)
+        self._go(Owed(header, disk.map.freeze(), rows, live, dead, uncounted))
 
-    async def _write(
-        self,
-        header: CheckpointHeader,
-        frozen: Frozen,
-        rows: list[tuple[Segment, int]],
-        live: array[int],
-        dead: list[Segment],
-        uncounted: Uncounted,
-    ) -> None:
+    def _go(self, what: Owed) -> None:
+        self._task = self.disk.env.loop.create_task(self._write(what))
+        self.disk.writer.watch(self._task)
+
+    async def _write(self, what: Owed) -> None:
         disk = self.disk
-        zones = disk.checkpoint_zones(header.number)
-        output = CheckpointWriter(disk.env, header, zones)
+        header = what.header
         try:
-            await disk.writer.sealed_below(header.next_segment)
-            await output.open()
-            changed = np.sort(np.fromiter(frozen.regions, np.uint64, len(frozen.regions)))
-            for low in range(0, len(changed), PAGES_AT_ONCE):
-                for region in changed[low : low + PAGES_AT_ONCE].tolist():
-                    page = frozen.take(region)
-                    if page:
-                        await output.add(region, page)
-                await asyncio.sleep(0)
-            root = await self._aside(without, self.root, changed)
-            moved = await self._rewrite(output, root)
-            root = await self._aside(merged, root, output.rows)
-            live_in = await self._aside(live_bytes, root)
-            table = await _table(rows, live, await self._count(uncounted))
-            await output.finish(root.rows, table)
+            while True:
+                output = CheckpointWriter(disk.env, header, disk.checkpoint_zones(header.number))
+                try:
+                    written = await self._pages(output, what)
+                    break
+                except NoSpace as error:
+                    self.gave_up = True
+                    await output.abort()
+                    if not self._for_snapshot or self._closed:
+                        raise
+                    log.warning("the map of a snapshot waits for space log=%d: %s", disk.log, error)
+                    await self._wait_for_space()
+            if self._for_snapshot:
+                await self._forget(what.frozen)
         except StoreError as error:
-            frozen.abort()
+            what.frozen.abort()
             self._failed = error
             log.warning("checkpoint given up log=%d checkpoint=%d: %s", disk.log, header.number, error)
-            if isinstance(error, NoSpace):
-                self.gave_up = True
-                await output.abort()
-            else:
+            if not isinstance(error, NoSpace):
                 disk.writer.fail(error)
         else:
             self.gave_up = False
-            frozen.commit()
-            self._complete(header, output, root, frozenset(live_in), moved, dead)
+            what.frozen.commit()
+            self._complete(header, output, written, what.dead)
         finally:
             self._task = None
+            self._for_snapshot = 0
+            self._tell()
         disk.env.maps.evict(self)
         disk.env.maps.wake()
         if self.on_progress is not None:
             self.on_progress()
+
+    async def _wait_for_space(self) -> None:
+        """Let everybody know that this checkpoint stands, and wait a while."""
+        loop = self.disk.env.loop
+        waiter: asyncio.Future[None] = loop.create_future()
+        self._space_waiter = waiter
+        timer = loop.call_later(SPACE_RETRY_SECONDS, self._try_again)
+        self._tell()
+        if self.on_progress is not None:
+            self.on_progress()
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._space_waiter = None
+
+    def _try_again(self) -> None:
+        if self._space_waiter is not None and not self._space_waiter.done():
+            self._space_waiter.set_result(None)
+
+    async def _pages(self, output: CheckpointWriter, what: Owed) -> Written:
+        """Write one checkpoint; it is durable on return. NoSpace; StoreError."""
+        frozen = what.frozen
+        take = frozen.page if self._for_snapshot else frozen.take
+        await self.disk.writer.sealed_below(what.header.next_segment)
+        await output.open()
+        changed = np.sort(np.fromiter(frozen.regions, np.uint64, len(frozen.regions)))
+        for low in range(0, len(changed), PAGES_AT_ONCE):
+            for region in changed[low : low + PAGES_AT_ONCE].tolist():
+                page = take(region)
+                if page:
+                    await output.add(region, page)
+            await asyncio.sleep(0)
+        root = await self._aside(without, self.root, changed)
+        moved = await self._rewrite(output, root)
+        root = await self._aside(merged, root, output.rows)
+        needs = await self._aside(pages_of, root)
+        table = await make_table(what.rows, what.live, await self._count(what.uncounted))
+        await output.finish(root.rows, table)
+        return Written(root, needs, moved)
+
+    async def _forget(self, frozen: Frozen) -> None:
+        regions = list(frozen.regions)
+        for low in range(0, len(regions), FORGET_AT_ONCE):
+            frozen.forget(regions[low : low + FORGET_AT_ONCE])
+            await asyncio.sleep(0)
 
     async def _aside(self, function: Callable[..., T], *args: Any) -> T:
         """Work on arrays in a thread of one zone after the other, until it is done. Unavailable: no zone is there."""
@@ -356,7 +475,8 @@ class Keeper:
         disk = self.disk
         moved: dict[int, PageRef] = {}
         live = await self._aside(live_bytes, root)
-        sparse = {n for n, size in self.sizes.items() if n != self.number and live.get(n, 0) * 2 < size}
+        held = self.holds.needed(self.sizes)
+        sparse = {n for n, size in self.sizes.items() if n not in held | {self.number} and live.get(n, 0) * 2 < size}
         wanted = await self._aside(in_checkpoints, root, sparse, REWRITE_BYTES_MAX) if sparse else []
         del wanted[REWRITE_PAGES_MAX:]
         for low in range(0, len(wanted), PAGES_AT_ONCE):
@@ -371,29 +491,23 @@ class Keeper:
         return moved
 
     def _complete(
-        self,
-        header: CheckpointHeader,
-        output: CheckpointWriter,
-        root: Root,
-        needs: frozenset[int],
-        moved: dict[int, PageRef],
-        dead: list[Segment],
+        self, header: CheckpointHeader, output: CheckpointWriter, written: Written, dead: list[Segment]
     ) -> None:
         disk = self.disk
+        root, needs, moved = written
         for region, ref in moved.items():
             now = root.get(region)
             assert now is not None
             disk.map.repoint(region, ref, now)
-        keep = needs | self.previous_needs | {self.number, header.number}
-        self.previous_needs = needs
+        self.holds.written(header.number, needs)
+        self.needs_before, self.needs = self.needs, needs
+        self.number_before = self.number
         self.previous_next_segment, self.next_segment = self.next_segment, header.next_segment
         self.number = self.durable_number = header.number
-        self.position = header.position
+        self.position, self.previous_crc = header.position, header.previous_crc
         self.root = root
         self.sizes[header.number] = output.size_bytes
-        for number in [n for n in self.sizes if n not in keep]:
-            del self.sizes[number]
-            self._delete(checkpoint_name(disk.log, number))
+        self._drop_unneeded()
         for segment in dead:
             entry = disk.dead.get(segment.number)
             if entry is not None:
@@ -401,6 +515,13 @@ class Keeper:
         self.free()
 
     # -- freeing ------------------------------------------------------------------------------------------------
+
+    def _drop_unneeded(self) -> None:
+        """Remove the checkpoints that neither the two newest nor a snapshot need."""
+        keep = self.needs | self.needs_before | {self.number, self.number_before} | self.holds.needed(self.sizes)
+        for number in [n for n in self.sizes if n not in keep]:
+            del self.sizes[number]
+            self._delete(checkpoint_name(self.disk.log, number))
 
     def free(self) -> None:
         """Free the dead segments that two checkpoints have passed and nobody reads."""
@@ -431,10 +552,10 @@ class Keeper:
 
         disk = self.disk
         segment_blocks = disk.writer.segment_blocks
-        files = disk.total_blocks + disk.dead_blocks + env.spare_blocks + segment.blocks
+        files = disk.loose_blocks + disk.dead_blocks + env.spare_blocks + segment.blocks
         again = (
             segment.blocks == segment_blocks
-            and files <= disk.live_total * SPARE_SPACE + SPARE_SEGMENTS * segment_blocks
+            and files <= disk.loose_live * SPARE_SPACE + SPARE_SEGMENTS * segment_blocks
         )
         if again:
             env.spare_blocks += segment.blocks
@@ -455,8 +576,8 @@ class Keeper:
 
     async def settled(self) -> None:
         """Wait for the checkpoint under way, if any."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        with contextlib.suppress(NoSpace):
+            await self._settled()
 
     async def close(self) -> None:
         """Wait for the checkpoint under way; begin no other."""
@@ -465,33 +586,9 @@ class Keeper:
         for timer in (self._timer, self._press_timer):
             if timer is not None:
                 timer.cancel()
+        self._try_again()
         while self._task is not None:
             await asyncio.wait([self._task])
-
-
-async def _table(rows: list[tuple[Segment, int]], live: array[int], gone: dict[int, int]) -> npt.NDArray[np.void]:
-    """The segment table. rows: segments and states; live: counters of the first of them, the others have none; gone:
-    blocks that those still have too many, by segment key."""
-    table = np.zeros(len(rows), TABLE)
-    for low in range(0, len(rows), ROWS_AT_ONCE):
-        table[low : low + ROWS_AT_ONCE] = [
-            (
-                segment.number,
-                segment.blocks,
-                segment.seal_crc,
-                max(0, counted - gone.get(segment.key, 0)),
-                sum(1 << z for z in segment.zones),
-                segment.generation,
-                state,
-            )
-            for (segment, state), counted in zip(
-                rows[low : low + ROWS_AT_ONCE],
-                itertools.chain(live[low : low + ROWS_AT_ONCE], itertools.repeat(0)),
-                strict=False,
-            )
-        ]
-        await asyncio.sleep(0)
-    return table
 
 
 def _ignored(result: object, error: BaseException | None) -> None:

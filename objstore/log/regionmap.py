@@ -284,6 +284,22 @@ class Frozen:
         KeyError if the region is not, or no longer, in the view. A region that was not changed since is kept in its
         smallest form.
         """
+        small = self._forget(region)
+        return b"" if small is None else encode_region(small)
+
+    def page(self, region: int) -> bytes:
+        """As `take`, for who may have to ask again: the view keeps the region until `forget`."""
+        value = self._kept[region] if region in self._kept else self._map._loaded(region)
+        small = None if value is None else compact(value)
+        return b"" if small is None else encode_region(small)
+
+    def forget(self, regions: Iterable[int]) -> None:
+        """The pages of these regions are not needed any more, as after `take`."""
+        for region in regions:
+            self._forget(region)
+
+    def _forget(self, region: int) -> Region | None:
+        """The region in its smallest form, which it has in the map too if it was not changed since."""
         self.left.remove(region)
         blockmap = self._map
         if region in self._kept:
@@ -292,16 +308,15 @@ class Frozen:
             self.held_bytes -= slot_bytes(value)
             self.pinned_bytes -= heavy
             blockmap._count(-heavy, -heavy)
-            small = None if value is None else compact(value)
-        else:
-            value = blockmap._loaded(region)
-            small = None if value is None else compact(value)
-            if small is not value:
-                shrunk = heavy_bytes(small) - heavy_bytes(value)
-                blockmap._store(region, small)
-                self.pinned_bytes += shrunk
-                blockmap._count(0, shrunk)
-        return b"" if small is None else encode_region(small)
+            return None if value is None else compact(value)
+        value = blockmap._loaded(region)
+        small = None if value is None else compact(value)
+        if small is not value:
+            shrunk = heavy_bytes(small) - heavy_bytes(value)
+            blockmap._store(region, small)
+            self.pinned_bytes += shrunk
+            blockmap._count(0, shrunk)
+        return small
 
     def commit(self) -> None:
         """The checkpoint is complete: regions not changed since are clean. RuntimeError if pages were not taken."""

@@ -58,6 +58,7 @@ class Segment:
     crcs: CRC of each block, None while its directory has not been read. beginnings: see crcs.py; made of crcs at the
     first long read.
     handles: zone index -> open handle. `reader`: the handle that reads go to, None until one is open.
+    held: the map of a snapshot needs it. emptied: and the map of the log doesn't any more (its directory was checked).
     pins: reads and copies under way outside the loop; the file may not be freed meanwhile.
     replaced: (zone, handle) of files that a repair has replaced, still open because somebody may be reading them.
     """
@@ -66,8 +67,10 @@ class Segment:
         "beginnings",
         "blocks",
         "crcs",
+        "emptied",
         "generation",
         "handles",
+        "held",
         "key",
         "live",
         "log",
@@ -90,6 +93,8 @@ class Segment:
         self.blocks = blocks
         self.live = 0
         self.pins = 0
+        self.held = False
+        self.emptied = False
         self.sealed = False
         self.seal_crc = 0
         self.crcs: array[int] | None = None

@@ -16,6 +16,8 @@ from objstore.format.catalog import (
     HeadEntry,
     PurgedEntry,
     Snapshot,
+    SnapshotDeleteEntry,
+    SnapshotEntry,
     StopEntry,
     VdiEntry,
     decode_entry,
@@ -53,13 +55,22 @@ def snapshot_name(number: int) -> str:
 
 
 class CatalogState:
-    """The catalog's contents: a pure function of its entries."""
+    """The catalog's contents: a pure function of its entries.
+
+    names: of the VDIs that were not deleted; vdis has the hidden ones too. owners: log -> the VDI whose log it is.
+    snapshots: by their ids.
+    """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
         self.next_log = snapshot.next_log if snapshot else 1
         self.next_vdi = snapshot.next_vdi if snapshot else 1
         self.vdis: dict[int, VdiEntry] = {vdi.vdi_id: vdi for vdi in snapshot.vdis} if snapshot else {}
-        self.names: dict[str, int] = {vdi.name: vdi.vdi_id for vdi in self.vdis.values()}
+        self.names: dict[str, int] = {vdi.name: vdi.vdi_id for vdi in self.vdis.values() if not vdi.hidden}
+        self.owners: dict[int, int] = {vdi.log: vdi.vdi_id for vdi in self.vdis.values()}
+        self.snapshots: dict[int, SnapshotEntry] = {}
+        self.next_snapshot = snapshot.next_snapshot if snapshot else 1
+        for entry in snapshot.snapshots if snapshot else ():
+            self.snapshots[entry.snapshot_id] = entry
         self.heads: dict[int, HeadEntry] = {head.log: head for head in snapshot.heads} if snapshot else {}
         self.garbage: set[int] = set(snapshot.garbage) if snapshot else set()
         self.clean = snapshot.clean if snapshot else True
@@ -68,19 +79,59 @@ class CatalogState:
         """Take one entry's effect."""
         self.clean = isinstance(entry, StopEntry)
         if isinstance(entry, VdiEntry):
+            self._forget_name(entry.vdi_id)
             self.vdis[entry.vdi_id] = entry
-            self.names[entry.name] = entry.vdi_id
+            self.owners[entry.log] = entry.vdi_id
+            if not entry.hidden:
+                self.names[entry.name] = entry.vdi_id
             self.next_log = max(self.next_log, entry.log + 1)
             self.next_vdi = max(self.next_vdi, entry.vdi_id + 1)
         elif isinstance(entry, DeleteEntry):
+            self._forget_name(entry.vdi_id)
             gone = self.vdis.pop(entry.vdi_id)
-            del self.names[gone.name]
+            del self.owners[gone.log]
             self.heads.pop(gone.log, None)
             self.garbage.add(gone.log)
         elif isinstance(entry, HeadEntry):
             self.heads[entry.log] = entry
         elif isinstance(entry, PurgedEntry):
             self.garbage.discard(entry.log)
+        elif isinstance(entry, SnapshotEntry):
+            self.snapshots[entry.snapshot_id] = entry
+            self.next_snapshot = max(self.next_snapshot, entry.snapshot_id + 1)
+        elif isinstance(entry, SnapshotDeleteEntry):
+            del self.snapshots[entry.snapshot_id]
+
+    def _forget_name(self, vdi_id: int) -> None:
+        old = self.vdis.get(vdi_id)
+        if old is not None and not old.hidden:
+            del self.names[old.name]
+
+    def snapshots_in(self, log: int) -> list[SnapshotEntry]:
+        """The snapshots whose maps are in that log, oldest first."""
+        return sorted((s for s in self.snapshots.values() if s.log == log), key=lambda s: s.checkpoint)
+
+    def snapshots_of(self, vdi_id: int) -> list[SnapshotEntry]:
+        """The snapshots of a VDI, oldest first."""
+        return sorted((s for s in self.snapshots.values() if s.vdi_id == vdi_id), key=lambda s: s.index)
+
+    def snapshots_named(self, name: str) -> list[SnapshotEntry]:
+        """The snapshots of all VDIs that have or had this name, those of the present one first."""
+        now = self.names.get(name)
+        found = [s for s in self.snapshots.values() if self.vdis[s.vdi_id].name == name]
+        return sorted(found, key=lambda s: (s.vdi_id != now, s.index))
+
+    def find_snapshot(self, name: str) -> SnapshotEntry | None:
+        """The one called NAME@TAG or NAME@INDEX."""
+        vdi, _, which = name.partition("@")
+        for snapshot in self.snapshots_named(vdi):
+            if which and which in (snapshot.tag, str(snapshot.index)):
+                return snapshot
+        return None
+
+    def clones_of(self, snapshot_id: int) -> list[VdiEntry]:
+        """The VDIs, hidden ones too, whose maps began with that snapshot's."""
+        return [v for v in self.vdis.values() if v.base == snapshot_id]
 
     def snapshot(self) -> Snapshot:
         """Everything, as one record."""
@@ -91,6 +142,8 @@ class CatalogState:
             heads=list(self.heads.values()),
             garbage=sorted(self.garbage),
             clean=self.clean,
+            snapshots=list(self.snapshots.values()),
+            next_snapshot=self.next_snapshot,
         )
 
 

@@ -1,22 +1,35 @@
 """Opening a VDI: checkpoint, tail, replay, the copy of what was not sealed; until its head record commits, nothing."""
 
 import logging
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from objstore.backend.base import Backend
 from objstore.errors import StoreError
 from objstore.format.catalog import HeadEntry, TailRow, VdiEntry
-from objstore.format.checkpoint import DEAD
+from objstore.format.checkpoint import DEAD, KEPT, LIVE, CheckpointHeader
+from objstore.log.address import SEGMENT_BITS
 from objstore.log.blockmap import BlockMap, PageRef
-from objstore.log.checkpoint import CheckpointZones, Loaded, checkpoint_folder, load_pages, newest_checkpoint
+from objstore.log.checkpoint import (
+    CheckpointZones,
+    Loaded,
+    checkpoint_folder,
+    find_checkpoint,
+    load_pages,
+    newest_checkpoint,
+)
 from objstore.log.disk import Disk
 from objstore.log.env import Env
+from objstore.log.holds import live_numbers, pages_of
 from objstore.log.keeper import FREES_CHECKED, Keeper
 from objstore.log.opening import Base, Head, Row, Tail, believe, copy_rest, list_folder, read_tail
+from objstore.log.parts import Owed, Uncounted, state_of
 from objstore.log.regions import decode_region, tally
 from objstore.log.replay import Replay
 from objstore.log.root import Root
 from objstore.log.segment import Segment, segment_name
+from objstore.log.tail import SurvivingRecord
 from objstore.log.trust import Trust
 from objstore.log.writer import LogWriter
 from objstore.replica.membership import Membership
@@ -36,14 +49,25 @@ CHECKPOINT_STRIDE_FORCED = 1 << 20
 more, one for each checkpoint that was cut off; or, where a branch was given up by --force, whatever that made."""
 
 
+class FrozenAt(NamedTuple):
+    """A snapshot in the log that is opened: its map is the one behind `position`, checkpoint number `checkpoint`."""
+
+    snapshot_id: int
+    checkpoint: int
+    position: int
+
+
 class Opened(NamedTuple):
-    """An open log and the head record that must be committed before it serves; `garbage` may go after that."""
+    """An open log and the head record that must be committed before it serves; `garbage` may go after that. owed: the
+    snapshot, if any, whose map is written once the log serves, under a number of this run that is committed with the
+    head."""
 
     disk: Disk
     keeper: Keeper
     head: HeadEntry
     garbage: dict[int, tuple[int, ...]]
     newest_wall_us: int
+    owed: FrozenAt | None
 
 
 class Placement:
@@ -111,10 +135,16 @@ def zones_of_mask(mask: int) -> tuple[int, ...]:
 
 
 async def open_disk(
-    env: Env, membership: Membership, vdi: VdiEntry, entry: HeadEntry | None, *, force: bool = False
+    env: Env,
+    membership: Membership,
+    vdi: VdiEntry,
+    entry: HeadEntry | None,
+    *,
+    snapshots: Sequence[FrozenAt] = (),
+    force: bool = False,
 ) -> Opened:
     """Corrupt: it can't be opened without losing what was flushed. Unavailable: not without zones that are missing,
-    which are named. force: then open what there is of it."""
+    which are named. force: then open what there is of it. snapshots: whose maps are in this log."""
     log = vdi.log
     blocks = -(-vdi.size_bytes // BLOCK_BYTES)
     head = NO_HEAD if entry is None else head_of(entry)
@@ -149,7 +179,7 @@ async def open_disk(
         segment_bytes=env.settings.segment_bytes,
     )
     disk = Disk(env, log, blocks, BlockMap(pages), writer)
-    disk.checkpoint_zones = zones
+    disk.checkpoint_zones = env.page_zones[log] = zones
     keeper = Keeper(disk)
     keeper.root = root
     _restore_keeper(keeper, loaded, sizes)
@@ -158,11 +188,14 @@ async def open_disk(
         keeper.next_number = max(keeper.next_number - 1, head.checkpoint, head.first_checkpoint) + stride
     keeper.durable_number = min(head.checkpoint, keeper.number)
     kept = _restore_segments(disk, loaded, tail)
+    owed = await _restore_holds(keeper, zones, snapshots)
+    if owed is not None:
+        owed = owed._replace(checkpoint=keeper.next_number)
     epoch = membership.epoch
     try:
         # They may take the very space that the copies need.
         await drop_garbage(env, log, tail.empty)
-        await _replay(disk, tail)
+        await _replay(keeper, tail, owed)
     except StoreError:
         await close_disk(disk)
         made = {n: segment.zones for n, segment in disk.segments.items() if segment.generation == writer.generation}
@@ -189,16 +222,17 @@ async def open_disk(
         gone = set(shown).difference(kept.get(number, ()), tail.empty.get(number, ()))
         if gone:
             garbage[number] = tuple(sorted(gone))
-    return Opened(disk, keeper, committed, garbage, tail.newest_wall_us)
+    return Opened(disk, keeper, committed, garbage, tail.newest_wall_us, owed)
 
 
 def _restore_keeper(keeper: Keeper, loaded: Loaded | None, sizes: dict[int, int]) -> None:
     keeper.sizes = dict(sizes)
-    keeper.previous_needs = frozenset(sizes)
+    keeper.needs = frozenset(sizes)
     keeper.next_number = max(sizes, default=0) + 1
     if loaded is not None:
         keeper.number = loaded.header.number
         keeper.position = loaded.header.position
+        keeper.previous_crc = loaded.header.previous_crc
         keeper.next_segment = loaded.header.next_segment
         keeper.previous_next_segment = loaded.header.previous_next_segment
 
@@ -224,6 +258,7 @@ def _restore_segments(disk: Disk, loaded: Loaded | None, tail: Tail) -> dict[int
                 disk.dead_blocks += blocks
             else:
                 disk.add_segment(segment)
+                segment.emptied = state == KEPT
     for directory, zones, blocks in tail.sealed:
         segment = Segment(disk.log, directory.segment, directory.generation, zones, blocks)
         segment.sealed = True
@@ -233,10 +268,31 @@ def _restore_segments(disk: Disk, loaded: Loaded | None, tail: Tail) -> dict[int
     return kept
 
 
-async def _replay(disk: Disk, tail: Tail) -> None:
-    """Bring map and live counters to the end of the log; copy what was not sealed."""
+async def _restore_holds(keeper: Keeper, zones: CheckpointZones, snapshots: Sequence[FrozenAt]) -> FrozenAt | None:
+    """Hold what the snapshots' maps need; the one, if any, whose map is not written yet: only the newest can be."""
+    disk = keeper.disk
+    owed = None
+    for snapshot in snapshots:
+        if snapshot.checkpoint > keeper.number:
+            owed = snapshot
+            continue
+        loaded = await find_checkpoint(disk.env, disk.log, snapshot.checkpoint, zones)
+        if loaded is None:
+            keeper.holds.add_unreadable(snapshot.checkpoint)
+        else:
+            keeper.holds.add(snapshot.checkpoint, live_numbers(loaded.table), pages_of(Root(loaded.root)))
+    for segment in [s for s in disk.segments.values() if s.emptied and not s.held]:
+        disk.bury(segment)  # the last snapshot that needed it went just before the end
+    return owed
+
+
+async def _replay(keeper: Keeper, tail: Tail, owed: FrozenAt | None) -> None:
+    """Bring map and live counters to the end of the log; copy what was not sealed. owed: freeze the map of that
+    snapshot on the way."""
+    disk = keeper.disk
     env = disk.env
     before: dict[int, int] = {}
+    rest = tail.rest
 
     async def load(wanted: list[tuple[int, PageRef]]) -> None:
         if wanted:
@@ -245,25 +301,82 @@ async def _replay(disk: Disk, tail: Tail) -> None:
                 tally(value, 0, REGION_BLOCKS, before)
                 disk.map.load(region, ref, value)
 
-    replay = Replay(disk.map, load)
-    for directory, _, _ in tail.sealed:
-        await replay.add(directory)
-    if tail.rest:
-        await copy_rest(disk.writer, tail.rest)
+    async def copy(records: list[SurvivingRecord]) -> int:
+        """The number of the first segment behind the copies."""
+        await copy_rest(disk.writer, records)
         for directory in disk.finished:
             await replay.add(directory)
         disk.finished.clear()
+        return disk.writer.tail_number
+
+    replay = Replay(disk.map, load)
+    next_segment = keeper.next_segment
+    position, previous_crc = keeper.position, keeper.previous_crc
+    for directory, _, _ in tail.sealed:
+        if owed is not None and directory.last_position > owed.position:
+            await replay.finish()
+            _freeze(keeper, owed, next_segment, position, previous_crc, before)
+            owed = None
+        await replay.add(directory)
+        next_segment = directory.segment + 1
+        position, previous_crc = directory.last_position, directory.last_crc
+    if owed is not None:
+        until = next((i for i, r in enumerate(rest) if r.header.last_position > owed.position), len(rest))
+        if until:
+            next_segment = await copy(rest[:until])
+            position, previous_crc = disk.writer.position, disk.writer.previous_crc
+        await replay.finish()
+        _freeze(keeper, owed, next_segment, position, previous_crc, before)
+        rest = rest[until:]
+    if rest:
+        await copy(rest)
     await replay.finish()
     # Dropped regions that were in memory: what was loaded is in `before`, what the replay made was never counted.
     disk.map.dropped.clear()
     for key, count in before.items():
         segment = env.segments.get(key)
-        if segment is not None:
+        if segment is not None and segment.log == disk.log:
             segment.live -= count
     disk.map.dropped.clear()  # counted in `before`, or never counted at all
     for key, count in disk.map.count_live().items():
-        env.segments[key].live += count
+        if key >> SEGMENT_BITS == disk.log:
+            env.segments[key].live += count
     disk.live_total = sum(segment.live for segment in disk.segments.values())
+    disk.held_live = sum(segment.live for segment in disk.segments.values() if segment.held)
+
+
+def _freeze(
+    keeper: Keeper, owed: FrozenAt, next_segment: int, position: int, previous_crc: int, before: dict[int, int]
+) -> None:
+    """The map is at the snapshot's position: freeze it, for a checkpoint that is written once the log serves.
+
+    before: blocks of map pages that were loaded so far, by segment key, which the segments' counters still have.
+    """
+    disk = keeper.disk
+    env = disk.env
+    if position != owed.position:
+        logger.error("a snapshot is not where it was log=%d position=%d found=%d", disk.log, owed.position, position)
+    header = CheckpointHeader(
+        disk.log,
+        owed.checkpoint,
+        position,
+        disk.writer.generation,
+        next_segment,
+        previous_crc,
+        disk.blocks,
+        int(env.clock.wall() * 1e6),
+        keeper.next_segment,
+    )
+    segments = [segment for segment in disk.segments.values() if segment.number < next_segment]
+    states = [state_of(segment) for segment in segments]
+    dead = [(segment, DEAD) for segment, seen in disk.dead.values() if not seen]
+    here = disk.map.count_live()
+    live = array("I", [max(0, s.live - before.get(s.key, 0)) + here.get(s.key, 0) for s in segments])
+    uncounted = Uncounted([], disk.map.dropped_refs.copy())
+    rows = [*zip(segments, states, strict=True), *dead]
+    died = [segment for segment, _ in disk.dead.values()]
+    keeper.owed = Owed(header, disk.map.freeze(), rows, live, died, uncounted)
+    keeper.holds.begin(owed.checkpoint, [s for s, state in zip(segments, states, strict=True) if state == LIVE])
 
 
 async def close_disk(disk: Disk) -> None:
@@ -272,6 +385,7 @@ async def close_disk(disk: Disk) -> None:
     for segment in [*disk.segments.values(), *(segment for segment, _ in disk.dead.values())]:
         disk.env.segments.pop(segment.key, None)
         segment.close_handles()
+    disk.env.page_zones.pop(disk.log, None)
 
 
 async def drop_garbage(env: Env, log: int, garbage: dict[int, tuple[int, ...]]) -> None:

@@ -3,13 +3,17 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from typing import Any
+
+import msgspec
 
 from objstore.errors import NotFound, ReadOnly, Stopping, StoreError
-from objstore.format.catalog import HeadEntry, VdiEntry
+from objstore.format.catalog import Entry, HeadEntry, SnapshotEntry, VdiEntry
 from objstore.log.damage import Damage
 from objstore.volume.base import Volume
-from objstore.volume.opening import close_disk, drop_garbage, open_disk, tail_rows
+from objstore.volume.frozen import FrozenVolume, open_snapshot
+from objstore.volume.opening import FrozenAt, close_disk, drop_garbage, open_disk, tail_rows
 from objstore.volume.starting import Started
 from objstore.volume.vdi import Vdi
 
@@ -38,14 +42,78 @@ class OpenVdis:
         self._deleting: set[int] = set()
         self._stopping = False
         self._unused: dict[int, asyncio.Future[None]] = {}
+        self._change = asyncio.Lock()
+        """Held while a change of the catalog that others could contradict is looked at and committed."""
+        self._parents: dict[int, AsyncExitStack] = {}
+        """By vdi id of an open clone: what keeps the VDI open that it is a clone of."""
+        self._frozen: dict[int, FrozenVolume] = {}
+        """Snapshots that are open, by their ids."""
+        self._thawed: dict[int, AsyncExitStack] = {}
+        """What keeps the VDIs open in whose logs they are."""
+        self._freezing: dict[int, asyncio.Task[FrozenVolume]] = {}
         self.env.reserved_bytes = self._reserved_bytes
 
     async def open(self, name: str) -> Volume:
-        """See VolumeSource."""
+        """See VolumeSource. NAME@TAG, NAME@INDEX: a snapshot."""
+        if "@" in name:
+            volume = await self._open_frozen(self.find_snapshot(name))
+            volume.attached += 1
+            return volume
         vdi = await self._vdi(self._entry(name))
         vdi.attached += 1
         self._open_preallocated()
         return vdi
+
+    def find_snapshot(self, name: str) -> SnapshotEntry:
+        """The snapshot that is called NAME@TAG or NAME@INDEX. NotFound."""
+        self._check_open()
+        found = self.catalog.state.find_snapshot(name)
+        if found is None:
+            raise NotFound(f"there is no snapshot {name!r}")
+        return found
+
+    def snapshot_name(self, entry: SnapshotEntry) -> str:
+        """What it is called: NAME@TAG, or NAME@INDEX if it has no tag."""
+        return f"{self.catalog.state.vdis[entry.vdi_id].name}@{entry.tag or entry.index}"
+
+    async def _open_frozen(self, entry: SnapshotEntry) -> FrozenVolume:
+        key = entry.snapshot_id
+        volume = self._frozen.get(key)
+        if volume is not None:
+            return volume
+        task = self._freezing.get(key)
+        if task is None:
+            task = self._freezing[key] = self.env.loop.create_task(self._open_snapshot(entry))
+            task.add_done_callback(_noted)
+        return await asyncio.shield(task)
+
+    async def _open_snapshot(self, entry: SnapshotEntry) -> FrozenVolume:
+        key = entry.snapshot_id
+        stack = AsyncExitStack()
+        try:
+            owner = self.catalog.state.vdis[self.catalog.state.owners[entry.log]]
+            if owner.vdi_id in self._deleting:
+                async with self._change:  # behind which it is hidden, since it has a snapshot
+                    pass
+            vdi = await stack.enter_async_context(self.using(owner))
+            entry = self.catalog.state.snapshots[key]  # opening the log may have given its map another number
+            await vdi.keeper.snapshot_written(entry.checkpoint)
+            volume = await open_snapshot(self.env, vdi.disk, self.snapshot_name(entry), entry)
+        except BaseException:
+            await stack.aclose()
+            raise
+        finally:
+            del self._freezing[key]
+        self._frozen[key] = volume
+        self._thawed[key] = stack
+        return volume
+
+    async def _close_frozen(self, volume: FrozenVolume, reason: StoreError) -> None:
+        key = volume.entry.snapshot_id
+        del self._frozen[key]
+        stack = self._thawed.pop(key)
+        await volume.close(reason)
+        await stack.aclose()
 
     def _open_preallocated(self) -> None:
         """Open every preallocated VDI in the background: only then its share of the space is known."""
@@ -64,8 +132,12 @@ class OpenVdis:
 
     async def close(self, volume: Volume) -> None:
         """See VolumeSource."""
-        assert isinstance(volume, Vdi)
+        assert isinstance(volume, Vdi | FrozenVolume)
         volume.attached -= 1
+        if isinstance(volume, FrozenVolume):
+            if not volume.attached and not self._stopping:
+                await self._close_frozen(volume, Stopping("the snapshot is being closed"))
+            return
         if not volume.attached and volume.disk.writer.error is None:
             volume.disk.writer.request_sync()
 
@@ -90,6 +162,8 @@ class OpenVdis:
     async def using(self, entry: VdiEntry) -> AsyncIterator[Vdi]:
         """The VDI, open, for work of the store's own; its deletion waits for the end of it. If nobody had it open
         before and nobody has then, it is closed again. NotFound: it is being deleted."""
+        if entry.vdi_id in self._deleting:
+            raise NotFound(f"VDI {entry.name!r} is being deleted")
         was_open = entry.vdi_id in self._open or entry.vdi_id in self._opening
         vdi = await self._vdi(entry)
         with self.holding(entry.log) as held:
@@ -122,7 +196,7 @@ class OpenVdis:
 
     async def _close_vdi(self, vdi: Vdi) -> None:
         """Close one VDI that nobody uses; what goes wrong the next opening puts right."""
-        vdi_id = self.catalog.state.names[vdi.name]
+        vdi_id = vdi.vdi_id
         del self._open[vdi_id]
         try:
             await vdi.close(Stopping("the VDI is being closed"))
@@ -132,11 +206,19 @@ class OpenVdis:
         finally:
             self._forget_segments(vdi)
             del self._closing[vdi_id]
+        await self._leave_parent(vdi_id)
+
+    async def _leave_parent(self, vdi_id: int) -> None:
+        """That VDI is not open any more: the one that it is a clone of may be closed too."""
+        stack = self._parents.pop(vdi_id, None)
+        if stack is not None:
+            await stack.aclose()
 
     def _forget_segments(self, vdi: Vdi) -> None:
         for segment in [*vdi.disk.segments.values(), *(segment for segment, _ in vdi.disk.dead.values())]:
             self.env.segments.pop(segment.key, None)
             segment.close_handles()
+        self.env.page_zones.pop(vdi.disk.log, None)
 
     async def _vdi(self, entry: VdiEntry) -> Vdi:
         while entry.vdi_id in self._closing:
@@ -151,11 +233,14 @@ class OpenVdis:
 
     async def _open_vdi(self, entry: VdiEntry) -> Vdi:
         env = self.env
+        state = self.catalog.state
         try:
-            head = self.catalog.state.heads.get(entry.log)
-            opened = await open_disk(env, self.membership, entry, head, force=self._force)
+            snapshots = [FrozenAt(s.snapshot_id, s.checkpoint, s.position) for s in state.snapshots_in(entry.log)]
+            head = state.heads.get(entry.log)
+            opened = await open_disk(env, self.membership, entry, head, snapshots=snapshots, force=self._force)
             try:
-                await self.catalog.commit(opened.head)
+                async with self._change if opened.owed is not None else nullcontext():
+                    await self.catalog.commit(opened.head, *self._renumbered(opened.owed))
                 await drop_garbage(env, entry.log, opened.garbage)
             except StoreError:
                 await close_disk(opened.disk)
@@ -166,10 +251,20 @@ class OpenVdis:
         finally:
             del self._opening[entry.vdi_id]
         self._failed.pop(entry.vdi_id, None)
+        here = {snapshot.checkpoint for snapshot in state.snapshots_in(entry.log)}
+        for number in opened.keeper.holds.maps.keys() - here:  # deleted while the log was opened
+            opened.keeper.end_snapshot(number)
         opened.disk.damage = self._damage.setdefault(entry.log, opened.disk.damage)
         vdi = Vdi(entry, opened.disk, opened.keeper)
         self._open[entry.vdi_id] = vdi
         return vdi
+
+    def _renumbered(self, owed: FrozenAt | None) -> list[Entry]:
+        """The entry of a snapshot whose map this run will write."""
+        snapshot = None if owed is None else self.catalog.state.snapshots.get(owed.snapshot_id)
+        if owed is None or snapshot is None:  # deleted meanwhile
+            return []
+        return [msgspec.structs.replace(snapshot, checkpoint=owed.checkpoint)]
 
     def _head(self, log_number: int) -> HeadEntry | None:
         return self.catalog.state.heads.get(log_number)
@@ -190,7 +285,7 @@ class OpenVdis:
         )
 
 
-def _noted(task: asyncio.Task[Vdi]) -> None:
+def _noted(task: asyncio.Task[Any]) -> None:
     """Why a VDI could not be opened is in its status; whoever waits for it gets the error from the task."""
     if not task.cancelled():
         task.exception()

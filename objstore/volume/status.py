@@ -34,6 +34,33 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Bytes that no zone has whole, as far as is known since the store was opened; `vdi damage` says which."""
 
 
+class SnapshotStatus(Struct, frozen=True, kw_only=True):
+    """One snapshot."""
+
+    name: str
+    """What it is opened and exported as: VDI@TAG, or VDI@INDEX if it has no tag."""
+    vdi: str
+    vdi_deleted: bool
+    """The VDI is gone, its snapshots are not."""
+    tag: str
+    index: int
+    size_bytes: int
+    created: float
+    """Unix time in seconds."""
+    protected: bool
+    attached: int
+    """Open handles."""
+    clones: list[str]
+    """VDIs that need it."""
+
+
+class SnapshotTaken(Struct, frozen=True, kw_only=True):
+    """What came of taking a snapshot. taken: false if nothing was written since the newest one, which this is."""
+
+    snapshot: SnapshotStatus
+    taken: bool
+
+
 class DamagedRange(Struct, frozen=True, kw_only=True):
     """A part of a VDI that no zone has whole: reading it is an I/O error until it is written again."""
 

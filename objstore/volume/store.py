@@ -28,10 +28,10 @@ from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.volume.base import VolumeInfo
 from objstore.volume.directories import make_directories, other_zones
 from objstore.volume.opening import min_copies, purge_log
-from objstore.volume.openvdis import OpenVdis
 from objstore.volume.recovery import Recovery
 from objstore.volume.scrub import Scrub
 from objstore.volume.settings import MODES, StoreSettings, check_mode
+from objstore.volume.snapshots import SnapshotOperations
 from objstore.volume.starting import Started, start_store
 from objstore.volume.status import DamagedRange, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus
 from objstore.volume.summary import store_status
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 COPIES_DEFAULT_MAX: Final = 3
 
 
-class Store(OpenVdis):
+class Store(SnapshotOperations):
     """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:
@@ -70,6 +70,11 @@ class Store(OpenVdis):
 
     def peek(self, name: str) -> VolumeInfo | None:
         """See VolumeSource."""
+        if "@" in name:
+            found = self.catalog.state.find_snapshot(name)
+            if found is None:
+                return None
+            return VolumeInfo(name, found.size_bytes, True, f"snapshot {found.index}")
         vdi_id = self.catalog.state.names.get(name)
         if vdi_id is None:
             return None
@@ -132,7 +137,8 @@ class Store(OpenVdis):
                 raise NoSpace(f"{zone!r} has {format_size(free)} free, too little to reserve {format_size(size_bytes)}")
 
     async def delete_vdi(self, name: str) -> None:
-        """Delete a VDI; its space comes back in the background. NotFound; Busy: it is attached."""
+        """Delete a VDI; its space comes back in the background. Its snapshots stay, and what they need. NotFound; Busy:
+        it is attached."""
         entry = self._entry(name)
         while under_way := self._opening.get(entry.vdi_id) or self._closing.get(entry.vdi_id):
             await asyncio.wait([under_way])
@@ -141,27 +147,40 @@ class Store(OpenVdis):
         if vdi is not None and vdi.attached:
             raise Busy(f"VDI {name!r} is attached by {vdi.attached} connections")
         self._deleting.add(entry.vdi_id)
-        # A task of the store's own: whoever asked may go away, and half a deletion must not stay.
-        task = self.env.loop.create_task(self._delete(entry, vdi))
-        self._purging.add(task)
-        task.add_done_callback(self._purging.discard)
-        await asyncio.shield(task)
+        await self._own(self._delete(entry))
 
-    async def _delete(self, entry: VdiEntry, vdi: Vdi | None) -> None:
-        if vdi is not None and vdi.users:
-            waiter = self._unused[entry.log] = self.env.loop.create_future()
-            await waiter
-            del self._unused[entry.log]
+    async def _delete(self, entry: VdiEntry) -> None:
+        state = self.catalog.state
+        hidden: VdiEntry | None = None
         try:
-            await self.catalog.commit(DeleteEntry(vdi_id=entry.vdi_id))
+            while True:
+                async with self._change:
+                    if state.snapshots_in(entry.log) or state.snapshots_of(entry.vdi_id):
+                        hidden = msgspec.structs.replace(state.vdis[entry.vdi_id], hidden=True, prealloc=False)
+                        await self.catalog.commit(hidden)
+                        break
+                    if self._is_idle(entry):
+                        await self.catalog.commit(DeleteEntry(vdi_id=entry.vdi_id))
+                        break
+                await self._until_idle([entry])
         finally:
             self._deleting.discard(entry.vdi_id)
+        if hidden is None:
+            await self._gone(entry)
+            return
+        vdi = self._open.get(entry.vdi_id)
+        if vdi is not None:
+            vdi.prealloc = False
+        self._begin(self._empty(hidden))
+
+    async def _gone(self, entry: VdiEntry) -> None:
         self._failed.pop(entry.vdi_id, None)
         self._damage.pop(entry.log, None)
+        vdi = self._open.pop(entry.vdi_id, None)
         if vdi is not None:
-            del self._open[entry.vdi_id]
             await vdi.abandon(NotFound(f"VDI {entry.name!r} was deleted"))
             self._forget_segments(vdi)
+            await self._leave_parent(entry.vdi_id)
         self._purge(entry.log)
 
     def _purge(self, number: int) -> None:
@@ -321,18 +340,25 @@ class Store(OpenVdis):
         await self.zones.close()
         await self.recovery.close()
         await self.scrub.close()
+        while self._work:
+            await asyncio.wait(list(self._work))
+        if self._freezing:
+            await asyncio.wait(list(self._freezing.values()))
+        for volume in list(self._frozen.values()):
+            await self._close_frozen(volume, Stopping("the store is closing"))
         if self._opening:
             await asyncio.wait(list(self._opening.values()))
         if self._closing:
             await asyncio.wait(list(self._closing.values()))
         if self._purging:
             await asyncio.wait(list(self._purging))
-        for vdi in list(self._open.values()):
+        for vdi in reversed(list(self._open.values())):  # clones before the VDIs whose snapshots they need
             try:
                 await vdi.close(Stopping("the store is closing"))
                 await self.catalog.commit(self._closed_head(vdi))
             except StoreError as error:
                 failed.append(f"VDI {vdi.name}: {error}")
+            await self._leave_parent(vdi.vdi_id)
         try:
             if not failed and not self._read_only:
                 await self.catalog.commit(StopEntry(wall=env.clock.wall()))
@@ -399,6 +425,7 @@ async def open_zones(
         return store
     for number in sorted(started.catalog.state.garbage):
         store._purge(number)
+    store.resume_work()
     store.scrub.start()
     store.recovery.start()
     store.zones.start()

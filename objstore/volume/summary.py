@@ -62,7 +62,7 @@ async def store_status(store: SummarizedStore) -> StoreStatus:
         reasons=reasons,
         zones=zones,
         epoch=epoch.number,
-        vdis=len(store.catalog.state.vdis),
+        vdis=len(store.catalog.state.names),
         dirty_bytes=env.dirty_bytes,
         dirty_bytes_max=env.dirty_bytes_max,
         map_bytes=env.maps.loaded_bytes,

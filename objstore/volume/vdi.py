@@ -10,10 +10,11 @@ closes the VDI.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
-from objstore.errors import Corrupt, InvalidRequest, NoSpace, NotSupported, OutOfRange, StoreError, Unavailable
+from objstore.errors import InvalidRequest, NoSpace, NotSupported, StoreError, Unavailable
 from objstore.format.catalog import VdiEntry
 from objstore.format.record import Flag
 from objstore.log.address import HOLE, RESERVED
@@ -22,26 +23,30 @@ from objstore.log.disk import Disk
 from objstore.log.keeper import Keeper
 from objstore.replica.zone import run
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK
-from objstore.volume.base import REQUEST_BYTES_MAX, Extent, always
+from objstore.volume.base import always
 from objstore.volume.opening import Placement
+from objstore.volume.reading import Reading, cover
 
 FILL_BLOCKS_MAX = (1 << 32) - REGION_BLOCKS
 """Of one operation; a longer fill is cut between regions of the map."""
-READ_AHEAD_BYTES_MAX = 8 << 20
 RECLAIMS_MAX = 8
 """Times that one request waits for something to be freed and then meets full zones again. What was freed may have been
 dense segments moved elsewhere, with nothing won."""
+TRIES_WITHOUT_TURN = 3
+GIVE_BACK_ROUNDS = 6
 RESERVED_OVERHEAD = 1.06
 """Files over data for whole 1 MiB records: header pages, directory, rounding."""
 
 
-class Vdi:
+class Vdi(Reading):
     """An open VDI (Volume). Touched by the event loop only.
 
     `_busy`: reasons why `write_now` must not even look: write-through, closed, failed.
     """
 
     def __init__(self, entry: VdiEntry, disk: Disk, keeper: Keeper) -> None:
+        super().__init__(disk)
+        self.vdi_id = entry.vdi_id
         self.name = entry.name
         self.size_bytes = entry.size_bytes
         self.read_only = False
@@ -61,14 +66,12 @@ class Vdi:
         self._unsafe = mode == "unsafe"
         self._write_through = mode in ("writeback", "writethrough")
         self._turn = asyncio.Lock()
-        self._closed: StoreError | None = None
-        self._reads = 0
-        """Reads under way that wait."""
-        self._quiet = asyncio.Event()
         disk.on_boundary = self._boundary
         disk.on_failed = self._failed
         keeper.on_progress = self.collector.poke
         keeper.start()
+        if any(not segment.live and not segment.held for segment in disk.segments.values()):
+            self.collector.poke()  # nobody else will before something is written
 
     async def set_copies(self, copies: int, min_copies: int) -> None:
         """Segments made from now on have so many copies. What is open with another number is sealed first, before
@@ -95,7 +98,7 @@ class Vdi:
         """Space in each zone that a preallocated VDI still has a right to: what it has not written yet."""
         if not self.prealloc:
             return 0
-        return int((self.size_bytes - (self.disk.live_total << BLOCK_SHIFT)) * RESERVED_OVERHEAD)
+        return int((self.size_bytes - (self.disk.loose_live << BLOCK_SHIFT)) * RESERVED_OVERHEAD)
 
     @property
     def write_through(self) -> bool:
@@ -109,104 +112,6 @@ class Vdi:
     def _failed(self) -> None:
         self.keeper.leave()
         self.collector.poke()
-
-    def _check(self, offset_bytes: int, length_bytes: int, *, bounded: bool = True) -> None:
-        self._env.requests += 1
-        if offset_bytes < 0 or length_bytes < 0 or (bounded and length_bytes > REQUEST_BYTES_MAX):
-            raise InvalidRequest(f"impossible range offset={offset_bytes} length={length_bytes}")
-        if offset_bytes + length_bytes > self.size_bytes:
-            raise OutOfRange(f"past the end offset={offset_bytes} length={length_bytes} size={self.size_bytes}")
-        if self._closed is not None:
-            raise self._closed
-
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    def read_now(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
-        """See Volume."""
-        self._check(offset_bytes, length_bytes)
-        if not (offset_bytes | length_bytes) & BLOCK_MASK:
-            if length_bytes == BLOCK_BYTES:
-                zeros = self.disk.read_block_now(offset_bytes >> BLOCK_SHIFT, into)
-            elif not length_bytes:
-                return 0
-            else:
-                zeros = self.disk.read_now(offset_bytes >> BLOCK_SHIFT, length_bytes >> BLOCK_SHIFT, into)
-            return zeros << BLOCK_SHIFT if zeros > 0 else zeros
-        if not length_bytes:
-            return 0
-        first, count, skip = _cover(offset_bytes, length_bytes)
-        whole = memoryview(bytearray(count << BLOCK_SHIFT))
-        zeros = self.disk.read_now(first, count, whole)
-        if zeros < 0:
-            return -1
-        if zeros == count:
-            return length_bytes
-        into[:] = whole[skip : skip + length_bytes]
-        return 0
-
-    async def read(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
-        """See Volume."""
-        self._check(offset_bytes, length_bytes)
-        if not length_bytes:
-            return 0
-        first, count, skip = _cover(offset_bytes, length_bytes)
-        if not skip and count << BLOCK_SHIFT == length_bytes:
-            return await self._read_blocks(first, count, into) << BLOCK_SHIFT
-        whole = memoryview(bytearray(count << BLOCK_SHIFT))
-        try:
-            zeros = await self._read_blocks(first, count, whole)
-        except Corrupt as error:
-            into[:] = whole[skip : skip + length_bytes]
-            raise Corrupt(str(error), _clip(error.bad, offset_bytes, length_bytes)) from error
-        if zeros == count:
-            return length_bytes
-        into[:] = whole[skip : skip + length_bytes]
-        return 0
-
-    async def _read_blocks(self, first: int, count: int, into: memoryview) -> int:
-        self._reads += 1
-        try:
-            return await self.disk.read(first, count, into)
-        finally:
-            self._read_ended()
-
-    def _read_ended(self) -> None:
-        self._reads -= 1
-        if not self._reads:
-            self._quiet.set()
-
-    async def cache(self, offset_bytes: int, length_bytes: int) -> None:
-        """See Volume: reads up to READ_AHEAD_BYTES_MAX of the range, which leaves them in the host's page cache."""
-        self._check(offset_bytes, length_bytes, bounded=False)
-        end = offset_bytes + min(length_bytes, READ_AHEAD_BYTES_MAX)
-        buffer = memoryview(bytearray(1 << 20))
-        while offset_bytes < end:
-            step = min(len(buffer), end - offset_bytes)
-            try:
-                await self.read(offset_bytes, step, buffer[:step])
-            except Corrupt:
-                return
-            offset_bytes += step
-
-    async def extents(self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14) -> list[Extent]:
-        """See Volume."""
-        self._check(offset_bytes, length_bytes, bounded=False)
-        if not length_bytes or extents_max < 1:
-            raise InvalidRequest("extents of nothing")
-        first = offset_bytes >> BLOCK_SHIFT
-        count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
-        end = offset_bytes + length_bytes
-        found: list[Extent] = []
-        at = first << BLOCK_SHIFT
-        self._reads += 1
-        try:
-            stretches = await self.disk.extents(first, count, extents_max)
-        finally:
-            self._read_ended()
-        for kind, blocks in stretches:
-            low, at = max(at, offset_bytes), at + (blocks << BLOCK_SHIFT)
-            found.append(Extent(min(at, end) - low, kind == HOLE, kind <= RESERVED))
-        return found
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -235,7 +140,7 @@ class Vdi:
         length_bytes = len(data)
         self._check(offset_bytes, length_bytes)
         if length_bytes:
-            first, count, skip = _cover(offset_bytes, length_bytes)
+            first, count, skip = cover(offset_bytes, length_bytes)
             async with self._turn:
                 whole = data
                 if skip or count << BLOCK_SHIFT != length_bytes:
@@ -331,8 +236,8 @@ class Vdi:
             await env.dirty_room()
         if writer.error is not None:
             raise writer.error
-        if self._closed is not None:
-            raise self._closed
+        if self.closed is not None:
+            raise self.closed
 
     async def trim(
         self, offset_bytes: int, length_bytes: int, *, fua: bool = False, alive: Callable[[], bool] = always
@@ -394,13 +299,13 @@ class Vdi:
         free = [answer for answer in answers if isinstance(answer, int)]
         if not free:  # of zones that fail meanwhile the others don't wait
             raise Unavailable("no zone says how much space it has")
-        missing = int((length_bytes - (self.disk.live_total << BLOCK_SHIFT)) * RESERVED_OVERHEAD)
+        missing = int((length_bytes - (self.disk.loose_live << BLOCK_SHIFT)) * RESERVED_OVERHEAD)
         if min(free) - self._reserve() < missing:
             raise NoSpace(f"the zones can't hold it: free_bytes={min(free)} needed_bytes={missing}")
 
     async def _zeroed(self, offset_bytes: int, length_bytes: int) -> tuple[int, int, memoryview]:
         """One block with a part of it zeroed, as a piece of `_append`."""
-        first, count, skip = _cover(offset_bytes, length_bytes)
+        first, count, skip = cover(offset_bytes, length_bytes)
         whole = memoryview(bytearray(count << BLOCK_SHIFT))
         if await self.disk.read(first, 1, whole) != 1:
             whole[skip : skip + length_bytes] = bytes(length_bytes)
@@ -421,7 +326,7 @@ class Vdi:
         """See Volume."""
         writer = self._writer
         first = self._write_through and self.mode == "writeback"
-        if first or self._closed is not None or writer.error is not None:
+        if first or self.closed is not None or writer.error is not None:
             return -1 - writer.position
         if self._unsafe or writer.durable_upto >= writer.position:
             self._flushed()
@@ -430,8 +335,8 @@ class Vdi:
 
     async def flush(self) -> None:
         """See Volume."""
-        if self._closed is not None:
-            raise self._closed
+        if self.closed is not None:
+            raise self.closed
         if not self._unsafe:
             await self._writer.flush()
         self._flushed()
@@ -441,17 +346,59 @@ class Vdi:
         if self.mode == "writeback":
             self._write_through = False
 
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    async def begin_snapshot(self) -> tuple[int, int]:
+        """Set the point of a snapshot: (number of the checkpoint that begins there, position of the last operation in
+        it). What was acknowledged before this call is in it, what is asked for after its return is not. NoSpace.
+
+        Where a checkpoint is under way the point comes behind it; clients' writes wait for that only when new ones
+        begin again and again.
+        """
+        tries = 0
+        while True:
+            async with self._turn:
+                while True:
+                    if self.closed is not None:
+                        raise self.closed
+                    if self.keeper.ready_for_snapshot:
+                        return self.keeper.begin_snapshot(), self._writer.position
+                    tries += 1
+                    if tries < TRIES_WITHOUT_TURN:
+                        break
+                    await self.keeper.next_chance()
+            await self.keeper.next_chance()
+
+    async def durable_to(self, position: int) -> None:
+        """Return when everything up to that operation is durable, whatever the mode. Unavailable."""
+        await self._writer.flush(position)
+
+    def unchanged_since(self, position: int) -> bool:
+        """Whether the contents are certainly those behind the operation at `position`."""
+        disk = self.disk
+        return position == self._writer.position or (
+            position == disk.still_since and disk.still_position == self._writer.position
+        )
+
+    async def give_back(self, leaving: Callable[[], bool] = lambda: False) -> None:
+        """Free what nothing needs any more, as far as that can be done now. leaving: whether to stop halfway."""
+        await self.collector.round()  # one that has begun may have looked already
+        for _ in range(GIVE_BACK_ROUNDS):
+            await self.collector.round()
+            if not self.disk.dead or leaving():
+                return
+            with contextlib.suppress(NoSpace):
+                await self.keeper.checkpoint()
+
     # -- the end ------------------------------------------------------------------------------------------------
 
     async def _quiesce(self, reason: StoreError) -> None:
         """Take nothing more (every later call raises `reason`) and wait for what is under way."""
-        self._closed = reason
+        self.closed = reason
         self._write_through = True
         async with self._turn:
             pass
-        while self._reads:
-            self._quiet.clear()
-            await self._quiet.wait()
+        await self.quiet()
 
     async def abandon(self, reason: StoreError) -> None:
         """Take nothing more and stop, without making anything durable: the VDI is being deleted."""
@@ -480,20 +427,3 @@ class Vdi:
         finally:
             await self.keeper.close()
             await self._writer.close()
-
-
-def _cover(offset_bytes: int, length_bytes: int) -> tuple[int, int, int]:
-    """(first block, blocks that cover the range, bytes of the first block in front of it)."""
-    first = offset_bytes >> BLOCK_SHIFT
-    count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
-    return first, count, offset_bytes & BLOCK_MASK
-
-
-def _clip(ranges: tuple[tuple[int, int], ...], offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
-    """The parts of ascending ranges that lie inside another one."""
-    clipped = []
-    for start, length in ranges:
-        low, high = max(start, offset_bytes), min(start + length, offset_bytes + length_bytes)
-        if low < high:
-            clipped.append((low, high - low))
-    return clipped

@@ -10,6 +10,8 @@ from objstore.volume.status import (
     DamagedRange,
     RecoveryStatus,
     ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
     StoreStatus,
     VdiDamage,
     VdiStatus,
@@ -25,6 +27,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self._vdis: dict[str, VdiStatus] = {}
+        self._snapshots: dict[str, SnapshotStatus] = {}
         self.attached: set[str] = set()
         self.scrubs = 0
         self.rate = 0
@@ -114,6 +117,47 @@ class FakeStore:
     async def damage(self, name: str) -> VdiDamage:
         self.vdi(name)
         return VdiDamage(name=name, ranges=[DamagedRange(offset_bytes=4096, length_bytes=8192)], complete=True)
+
+    def snapshots(self, name: str | None = None) -> list[SnapshotStatus]:
+        if name is not None:
+            self.vdi(name)
+        return [s for s in self._snapshots.values() if name in (None, s.vdi)]
+
+    def snapshot(self, name: str) -> SnapshotStatus:
+        if name not in self._snapshots:
+            raise NotFound(f"no snapshot of this name: snapshot={name}")
+        return self._snapshots[name]
+
+    async def create_snapshot(
+        self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
+    ) -> SnapshotTaken:
+        vdi = self.vdi(name)
+        if skip_unchanged and self._snapshots:
+            return SnapshotTaken(snapshot=next(iter(self._snapshots.values())), taken=False)
+        index = len(self._snapshots) + 1
+        whole_name = f"{name}@{tag or index}"
+        self._snapshots[whole_name] = SnapshotStatus(
+            name=whole_name,
+            vdi=name,
+            vdi_deleted=False,
+            tag=tag,
+            index=index,
+            size_bytes=vdi.size_bytes,
+            created=1_700_000_000.0,
+            protected=protected,
+            attached=0,
+            clones=[],
+        )
+        return SnapshotTaken(snapshot=self._snapshots[whole_name], taken=True)
+
+    async def delete_snapshot(self, name: str) -> None:
+        if self.snapshot(name).protected:
+            raise Busy(f"protected: snapshot={name}")
+        del self._snapshots[name]
+
+    async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        self._snapshots[name] = msgspec.structs.replace(self.snapshot(name), protected=protected)
+        return self._snapshots[name]
 
     def vdis(self) -> list[VdiStatus]:
         return [self._vdis[name] for name in sorted(self._vdis)]

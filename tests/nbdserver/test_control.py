@@ -105,6 +105,26 @@ async def test_scrub_and_damage(path: Path, store: FakeStore) -> None:
 
 
 @pytest.mark.usefixtures("server")
+async def test_snapshots(path: Path, store: FakeStore) -> None:
+    await store.create_vdi("a b", 1)
+    taken = await ask(path, lambda c: c.create_snapshot("a b", "t%", skip_unchanged=False, protected=True))
+    assert taken.taken
+    assert (taken.snapshot.name, taken.snapshot.protected) == ("a b@t%", True)
+    again = await ask(path, lambda c: c.create_snapshot("a b", "", skip_unchanged=True, protected=False))
+    assert not again.taken
+    assert await ask(path, lambda c: c.snapshots(None)) == await ask(path, lambda c: c.snapshots("a b"))
+    with pytest.raises(errors.NotFound, match="vdi=b"):
+        await ask(path, lambda c: c.snapshots("b"))
+    with pytest.raises(errors.Busy, match="snapshot=a b@t%"):
+        await ask(path, lambda c: c.delete_snapshot("a b@t%"))
+    assert not (await ask(path, lambda c: c.protect_snapshot("a b@t%", protected=False))).protected
+    await ask(path, lambda c: c.delete_snapshot("a b@t%"))
+    assert await ask(path, lambda c: c.snapshots(None)) == []
+    status, body = await asyncio.to_thread(raw, path, "GET", "/v1/snapshots/a%20b%40x")
+    assert (status, b"a b@x" in body) == (404, True)
+
+
+@pytest.mark.usefixtures("server")
 async def test_recovery_copies_and_zones(path: Path, store: FakeStore) -> None:
     assert (await ask(path, lambda c: c.recovery_status())) == (await store.status()).recovery
     assert (await ask(path, lambda c: c.set_recovery_rate(5 << 20))).bytes_per_second_max == 5 << 20

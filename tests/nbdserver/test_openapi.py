@@ -23,6 +23,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "get_vdi": {"name": "disk"},
     "delete_vdi": {"name": "disk"},
     "get_damage": {"name": "disk"},
+    "list_snapshots_of": {"name": "disk"},
+    "create_snapshot": {"name": "disk", "body": {"tag": "new", "skip_unchanged": False}},
+    "get_snapshot": {"name": "disk@old"},
+    "protect_snapshot": {"name": "disk@old", "body": {"protected": False}},
+    "delete_snapshot": {"name": "disk@old"},
     "set_copies": {"name": "disk", "body": {"copies": 1}},
     "set_recovery_rate": {"body": {"bytes_per_second_max": MIB}},
     "change_zones": {"body": {"action": "set-weight", "zone": "0", "weight": 2.0}},
@@ -34,6 +39,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     store = await open_store([tmp_path / "a", tmp_path / "b"], create=True)
     await store.create_vdi("disk", 4 * MIB)
+    await store.create_snapshot("disk", "old")
     yield store
     await store.shutdown()
 
@@ -141,7 +147,7 @@ async def test_each_operation_is_called_as_described(control: Path) -> None:
     names = await operation_names(control)
     assert len(names) == len(set(names))
     assert set(EXAMPLES) <= set(names), "an example of an operation that does not exist"
-    names.sort(key=lambda name: name == "delete_vdi")  # last: the others need the VDI
+    names.sort(key=lambda name: name.startswith("delete_"))  # last: the others need them
     for name in names:
         await call(control, api, name, EXAMPLES.get(name, {}))
 

@@ -14,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final, NamedTuple, TextIO
 
 from tests.sim.bugs_opening import OPENING
+from tests.sim.bugs_snapshots import SNAPSHOTS
 from tests.sim.bugs_writing import WRITING
 from tests.sim.knobs import DEFAULT, Knobs
 from tests.sim.runner import run_one
 
-BUGS: Final[dict[str, list[Callable[[], Any]]]] = {**WRITING, **OPENING}
+BUGS: Final[dict[str, list[Callable[[], Any]]]] = {**WRITING, **OPENING, **SNAPSHOTS}
 _USUAL: Final = dataclasses.replace(DEFAULT, seeds_zone_faults=0.0)
 """A zone in trouble would hide what goes wrong in it, and keeps other faults away."""
 _KILL_THEN_CUT: Final = dataclasses.replace(_USUAL, kills=0.9, cut_after_kill=0.9, eio=0.0, seeds_one_copy=1.0)
@@ -32,6 +33,7 @@ KNOBS: Final = {
     "sync-error-forgotten": dataclasses.replace(_USUAL, kills=0.0, eio=1.0, eio_call="fdatasync", seeds_one_copy=1.0),
     "free-despite-readers": dataclasses.replace(_USUAL, slow_reads=1.0, seeds_recycled=1.0, flips=0.0),
     "read-not-verified": dataclasses.replace(_USUAL, flips=0.7),
+    "snapshot-not-flushed": dataclasses.replace(_USUAL, crash_phase="snapshot", kills=0.0, eio=0.0),
     "space-not-set-aside": dataclasses.replace(_USUAL, seeds_tight=1.0, eio=0.0),
 }
 """Scenarios that meet what a bug needs more often than the usual mix does."""

@@ -32,11 +32,13 @@ from objstore.log.collect import Collector
 from objstore.log.keeper import Keeper
 from objstore.log.segment import segment_name
 from objstore.units import KIB, MIB
+from objstore.volume.frozen import FrozenVolume
 from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.store import Store, open_zones
 from objstore.volume.vdi import Vdi
 from tests.sim.knobs import DEFAULT, Knobs
 from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Request, Violation, stamped
+from tests.sim.snapshots import Snapshots
 from tests.sim.world import CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
 from tests.sim.zone_faults import ZoneFaults
 from tests.support.check_zones import check_files
@@ -58,6 +60,7 @@ CALLS_EXPECTED: Final = {
     "collection": 200,
     "create": 60,
     "delete": 60,
+    "snapshot": 60,
     "shutdown": 250,
 }
 """About as many system calls a phase has: crash points are drawn up to there."""
@@ -95,6 +98,7 @@ class Scenario:
         self.checks_all, self.checks_end = chance < 0.05, chance < 0.3
         self.copies_max = 1 if random.Random(seed + 2).random() < knobs.seeds_one_copy else len(world.zones)
         troubled = self.copies_max > 1 and random.Random(seed + 3).random() < knobs.seeds_zone_faults
+        self.snapshots = Snapshots(self, seed)
         self.trouble = ZoneFaults(world, seed, knobs.zone_kinds if troubled else ())
         if troubled:
             self.knobs = knobs = dataclasses.replace(knobs, eio=0.0, seeds_tight=0.0)
@@ -200,6 +204,7 @@ class Scenario:
                 # Somebody else's files take what room there was.
                 for fs in world.zones:
                     fs.capacity_bytes = fs.taken_bytes + rng.randrange(1200 * KIB)
+            self.snapshots.crashed()
             for model in self.models.values():
                 model.crashed()
         else:
@@ -295,6 +300,7 @@ class Scenario:
         world.phase = "open"
         self.store = store = await self._open_store(loop)
         await self._check_names(store)
+        self.snapshots.check_names(store)
         world.phase = "recovery"
         for name in sorted(self.models):
             if name.startswith("extra") and not last and self.rng.random() < 0.3:
@@ -309,10 +315,12 @@ class Scenario:
         for name in sorted(self.models):
             await self._verify(self.models[name])
             self.models[name].settle()
+        await self.snapshots.verify(store, 1.0 if last else 0.5)
         if not last:
             world.phase = "serving"
             rots = [self._flip_later()] if self.rng.random() < self.knobs.flips else []
-            await asyncio.gather(*self._clients(store), *rots, self.trouble.while_serving())
+            snapshots = self._until_stopped(functools.partial(self.snapshots.serve, store))
+            await asyncio.gather(*self._clients(store), *rots, self.trouble.while_serving(), snapshots)
             for name in sorted(self.models):
                 if not world.zone_failed:
                     await self._until_stopped(functools.partial(self._compare_all, self.models[name]))
@@ -323,8 +331,11 @@ class Scenario:
         late = self._clients(store)[:3] if not last and self.rng.random() < 0.4 else []
         world.phase = "shutdown"
         if last:
+            if end == "stop" and self.rng.random() < 0.7:
+                await self.snapshots.delete_all(store)
             await self._quiet(store)
-            self._check_files(store)
+            if not self.snapshots.models:
+                self._check_files(store)
         try:
             await store.shutdown()
         except Unavailable:
@@ -361,7 +372,7 @@ class Scenario:
             except (NoSpace, Unavailable, InvalidRequest) as error:
                 world.note(f"the store can't be opened: {error}")
                 if isinstance(error, NoSpace):
-                    self._more_space("nospace-open")
+                    self.more_space("nospace-open")
                 elif self.trouble.behind:
                     self.trouble.opening_refused(error)
                 else:
@@ -372,13 +383,13 @@ class Scenario:
                 continue
             if self.tight and len(store.env.in_service) < len(world.zones):
                 # No room for an epoch: the store goes on without that zone, which may have the only copy of a VDI.
-                self._more_space("nospace-epoch")
+                self.more_space("nospace-epoch")
                 await store.shutdown()
                 world.new_executor(world.slow_seconds)
                 continue
             return store
 
-    def _more_space(self, fault: str) -> None:
+    def more_space(self, fault: str) -> None:
         """What an administrator does about full zones."""
         self.world.faults[fault] += 1
         for fs in self.world.zones:
@@ -421,7 +432,7 @@ class Scenario:
                 await store.create_vdi(model.name, model.size_bytes, copies=model.copies, mode=model.mode)
             except NoSpace:
                 world.active["create"] -= 1
-                self._more_space("nospace-create")
+                self.more_space("nospace-create")
                 continue
             world.active["create"] -= 1
             model.existence = "yes"
@@ -435,7 +446,7 @@ class Scenario:
                 volume = await store.open(model.name)
             except NoSpace as error:
                 self.world.note(f"no space to open {model.name}: {error}")
-                self._more_space("nospace-recovery")
+                self.more_space("nospace-recovery")
                 continue
             assert isinstance(volume, Vdi)
             self.open_models[model.name] = volume
@@ -446,8 +457,10 @@ class Scenario:
     # -- looking at whole disks ---------------------------------------------------------------------------------
 
     async def _verify(self, model: DiskModel) -> None:
+        await self.show(model, self.open_models[model.name])
+
+    async def show(self, model: DiskModel, volume: Vdi | FrozenVolume) -> None:
         """Read everything that may be there; raise unless it is one cut of the log."""
-        volume = self.open_models[model.name]
         kinds = await self._kinds(model, volume)
         for first, count in _runs(model.touched()):
             content = await self._content(model, volume, first, count)
@@ -473,7 +486,7 @@ class Scenario:
                         f"instead of {want[0]} {want[1][:16].hex()}"
                     )
 
-    async def _kinds(self, model: DiskModel, volume: Vdi) -> dict[int, str]:
+    async def _kinds(self, model: DiskModel, volume: Vdi | FrozenVolume) -> dict[int, str]:
         """Kind of every block that is no hole."""
         touched = set(model.touched())
         kinds: dict[int, str] = {}
@@ -489,7 +502,7 @@ class Scenario:
                 at += extent.length_bytes
         return kinds
 
-    async def _content(self, model: DiskModel, volume: Vdi, first: int, count: int) -> bytes:
+    async def _content(self, model: DiskModel, volume: Vdi | FrozenVolume, first: int, count: int) -> bytes:
         offset = first * BLOCK_BYTES
         length = min(count * BLOCK_BYTES, model.size_bytes - offset)
         into = memoryview(bytearray(b"\xee" * length))
@@ -564,7 +577,7 @@ class Scenario:
             if None in results:
                 break
             if any(isinstance(error, NoSpace) for error in failures):
-                self._more_space("nospace-delete")
+                self.more_space("nospace-delete")
             elif not opened:
                 raise Violation(f"nobody could delete VDI {model.name}: {failures}")
         world.active["delete"] -= 1
@@ -585,7 +598,7 @@ class Scenario:
         """Wait for what runs in the background."""
         executor = self.world.executor
         assert executor is not None
-        while store._purging or executor.busy:  # noqa: ASYNC110 - time is free here
+        while store._purging or store._work or executor.busy:  # noqa: ASYNC110 - time is free here
             await asyncio.sleep(0.05)
 
     def _check_files(self, store: Store) -> None:
@@ -600,6 +613,8 @@ class Scenario:
             needed: set[str] = set()
             for volume in self.open_models.values():
                 disk = volume.disk
+                if volume.keeper.holds.maps or disk.held_blocks:
+                    raise Violation(f"VDI {volume.name} holds what only deleted snapshots needed")
                 dead = [segment for segment, _ in disk.dead.values()]
                 needed |= {segment_name(s.log, s.number) for s in disk.segments.values() if z in s.zones}
                 wanted |= {segment_name(s.log, s.number) for s in (*dead, *disk.writer._prepared) if z in s.zones}
@@ -661,7 +676,7 @@ class Client:
             try:
                 await self.volume.keeper.checkpoint()
             except NoSpace:
-                self.scenario._more_space("nospace-checkpoint")
+                self.scenario.more_space("nospace-checkpoint")
 
     def _range(self) -> tuple[int, int]:
         rng, model = self.rng, self.model
@@ -706,7 +721,7 @@ class Client:
             world.faults["nospace-write"] += 1
             model.refused(request)
             if rng.random() < 0.3:
-                self.scenario._more_space("more-space")
+                self.scenario.more_space("more-space")
         except NotSupported:
             model.refused(request)
         except Stopping:

@@ -15,7 +15,18 @@ from tests.support.fakefs import Crash, FakeFileSystem
 from tests.support.sim_executor import SimExecutor
 from tests.support.sim_loop import SimLoop
 
-PHASES: Final = ("open", "recovery", "verify", "serving", "checkpoint", "collection", "create", "delete", "shutdown")
+PHASES: Final = (
+    "open",
+    "recovery",
+    "verify",
+    "serving",
+    "checkpoint",
+    "collection",
+    "create",
+    "delete",
+    "snapshot",
+    "shutdown",
+)
 CRASH_CALLS: Final = (
     "open",
     "close",

@@ -1,0 +1,39 @@
+"""The commands for snapshots: taking, listing, protecting and deleting them."""
+
+import argparse
+
+from nbdserver.cli_admin import Admin
+from nbdserver.cli_output import print_json, show, snapshot_details, snapshot_table
+from nbdserver.cli_progress import progress
+
+
+def snapshot(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi snapshot`."""
+    with progress(f"taking a snapshot of {arguments.name}"):
+        taken = admin.create_snapshot(
+            arguments.name, arguments.tag, skip_unchanged=arguments.skip_unchanged, protected=arguments.protect
+        )
+    if arguments.json:
+        print_json(taken)
+    elif taken.taken:
+        print(snapshot_details(taken.snapshot))
+    else:
+        print(f"nothing was written to {arguments.name} since {taken.snapshot.name}")
+
+
+def snapshots(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi snapshots`."""
+    show(admin.snapshots(arguments.name), snapshot_table, as_json=arguments.json)
+
+
+def protect(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi protect`."""
+    show(admin.protect_snapshot(arguments.name, protected=True), snapshot_details, as_json=arguments.json)
+
+
+def unprotect(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi unprotect`."""
+    show(admin.protect_snapshot(arguments.name, protected=False), snapshot_details, as_json=arguments.json)
+
+
+COMMANDS = {"snapshot": snapshot, "snapshots": snapshots, "protect": protect, "unprotect": unprotect}

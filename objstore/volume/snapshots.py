@@ -1,0 +1,270 @@
+"""Snapshots of a store's VDIs: taking one, deleting one, listing them; VDIs that are gone and whose snapshots stay.
+
+Each change is one catalog record. What a change requires is looked at and committed under one lock, so that of two
+changes that exclude each other one sees the other. A change belongs to the store once it has begun: it goes on if
+whoever asked for it goes away.
+"""
+
+import asyncio
+import logging
+from collections.abc import Collection, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from objstore.errors import Busy, Exists, NotFound, StoreError
+from objstore.format.catalog import DeleteEntry, Entry, SnapshotDeleteEntry, SnapshotEntry, VdiEntry
+from objstore.names import check_tag
+from objstore.volume.openvdis import OpenVdis
+from objstore.volume.starting import Started
+from objstore.volume.status import SnapshotStatus, SnapshotTaken
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class SnapshotOperations(OpenVdis):
+    """What a store does with snapshots. Touched by the event loop only."""
+
+    def __init__(self, started: Started) -> None:
+        super().__init__(started)
+        self._work: set[asyncio.Task[Any]] = set()
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task of the store's own, which closing the store waits for."""
+        task = self.env.loop.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+        return task
+
+    async def _own(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it in a task of the store's own: whoever asked may go away, and half of it must not stay."""
+        return await asyncio.shield(self._begin(work))
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def snapshots(self, name: str | None = None) -> list[SnapshotStatus]:
+        """The snapshots of a VDI, oldest first; of all, those of VDIs that were deleted too. NotFound."""
+        state = self.catalog.state
+        if name is not None and name not in state.names and not state.snapshots_named(name):
+            raise NotFound(f"there is no VDI {name!r}")
+        clones: dict[int, list[str]] = {}
+        for vdi in state.vdis.values():
+            if not vdi.hidden:
+                clones.setdefault(vdi.base, []).append(vdi.name)
+        found = list(state.snapshots.values()) if name is None else state.snapshots_named(name)
+        listed = [self._snapshot_status(s, clones) for s in found if not s.hidden]
+        return sorted(listed, key=lambda s: (s.vdi, s.vdi_deleted, s.index)) if name is None else listed
+
+    def snapshot(self, name: str) -> SnapshotStatus:
+        """The snapshot NAME@TAG or NAME@INDEX. NotFound."""
+        found = self.catalog.state.find_snapshot(name)
+        if found is None:
+            raise NotFound(f"there is no snapshot {name!r}")
+        return self._snapshot_status(found)
+
+    def _snapshot_status(self, entry: SnapshotEntry, clones: Mapping[int, list[str]] | None = None) -> SnapshotStatus:
+        state = self.catalog.state
+        vdi = state.vdis[entry.vdi_id]
+        key = entry.snapshot_id
+        volume = self._frozen.get(key)
+        if clones is None:
+            clones = {key: [v.name for v in state.clones_of(key) if not v.hidden]}
+        return SnapshotStatus(
+            name=self.snapshot_name(entry),
+            vdi=vdi.name,
+            vdi_deleted=vdi.hidden,
+            tag=entry.tag,
+            index=entry.index,
+            size_bytes=entry.size_bytes,
+            created=entry.created,
+            protected=entry.protected,
+            attached=0 if volume is None else volume.attached,
+            clones=sorted(clones.get(key, ())),
+        )
+
+    # -- taking -------------------------------------------------------------------------------------------------
+
+    async def create_snapshot(
+        self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
+    ) -> SnapshotTaken:
+        """Take a snapshot of a VDI, attached or not; durable on return. What was acknowledged before the call is in it,
+        what is written after its return is not.
+
+        skip_unchanged: if nothing was written since the newest one, that one is the answer. Exists: the tag;
+        InvalidRequest: no tag can be that; NotFound; NoSpace; Unavailable.
+        """
+        check_tag(tag)
+        entry = self._entry(name)
+        self._check_tag_free(name, tag)
+        return await self._own(self._create_snapshot(entry, tag, skip_unchanged, protected))
+
+    def _check_tag_free(self, name: str, tag: str) -> None:
+        if tag and any(s.tag == tag for s in self.catalog.state.snapshots_named(name)):
+            raise Exists(f"there is a snapshot {name}@{tag} already")
+
+    async def _create_snapshot(self, entry: VdiEntry, tag: str, skip_unchanged: bool, protected: bool) -> SnapshotTaken:
+        state = self.catalog.state
+        snapshot: SnapshotEntry | None = None
+        async with self.using(entry) as vdi:
+            ours = [s for s in state.snapshots_of(entry.vdi_id) if s.log == entry.log and not s.hidden]
+            if skip_unchanged and ours and vdi.unchanged_since(ours[-1].position):
+                return SnapshotTaken(snapshot=self._snapshot_status(ours[-1]), taken=False)
+            if vdi.prealloc:
+                await self._check_prealloc(vdi.size_bytes)  # every block may be written anew beside the old one
+            number, position = await vdi.begin_snapshot()
+            try:
+                await vdi.durable_to(position)
+                async with self._change:
+                    now = self._entry_of(entry.vdi_id)
+                    self._check_tag_free(now.name, tag)
+                    snapshot = SnapshotEntry(
+                        snapshot_id=state.next_snapshot,
+                        log=entry.log,
+                        checkpoint=number,
+                        position=position,
+                        vdi_id=entry.vdi_id,
+                        tag=tag,
+                        index=max((s.index for s in state.snapshots_named(now.name)), default=0) + 1,
+                        size_bytes=now.size_bytes,
+                        created=self.env.clock.wall(),
+                        protected=protected,
+                    )
+                    await self.catalog.commit(snapshot)
+            finally:
+                if snapshot is None or snapshot.snapshot_id not in state.snapshots:
+                    vdi.keeper.end_snapshot(number)
+            return SnapshotTaken(snapshot=self._snapshot_status(snapshot), taken=True)
+
+    def _entry_of(self, vdi_id: int) -> VdiEntry:
+        """The VDI as it is now. NotFound: it was deleted meanwhile."""
+        entry = self.catalog.state.vdis.get(vdi_id)
+        if entry is None or entry.hidden or vdi_id in self._deleting:
+            raise NotFound("the VDI was deleted")
+        return entry
+
+    async def _check_prealloc(self, size_bytes: int) -> None:
+        raise NotImplementedError
+
+    async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        """Let nobody delete a snapshot until it is unprotected again. NotFound."""
+        self.find_snapshot(name)
+        return await self._own(self._protect(name, protected))
+
+    async def _protect(self, name: str, protected: bool) -> SnapshotStatus:
+        async with self._change:
+            changed = msgspec.structs.replace(self.find_snapshot(name), protected=protected)
+            await self.catalog.commit(changed)
+        return self._snapshot_status(changed)
+
+    # -- deleting -----------------------------------------------------------------------------------------------
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot; the space that only it needs comes back in the background. NotFound; Busy: it is
+        protected, attached, or clones need it, which are named."""
+        self.find_snapshot(name)
+        await self._own(self._delete_snapshot(name))
+
+    async def _delete_snapshot(self, name: str) -> None:
+        state = self.catalog.state
+        closing: set[int] = set()
+        try:
+            while True:
+                async with self._change:
+                    entry = self.find_snapshot(name)
+                    self._check_unused(entry, name)
+                    owner = state.vdis[state.owners[entry.log]]
+                    gone = [state.vdis[vdi] for vdi in {entry.vdi_id, owner.vdi_id} if self._needless(vdi, entry)]
+                    closing.update(vdi.vdi_id for vdi in gone)
+                    self._deleting |= closing
+                    if all(self._is_idle(vdi) for vdi in gone):
+                        deletions: list[Entry] = [DeleteEntry(vdi_id=vdi.vdi_id) for vdi in gone]
+                        ours = SnapshotDeleteEntry(snapshot_id=entry.snapshot_id)
+                        await self.catalog.commit(ours, *deletions)
+                        break
+                await self._until_idle(gone)
+        finally:
+            self._deleting -= closing
+        open_owner = self._open.get(owner.vdi_id)
+        for each in gone:
+            self._begin(self._gone(each))
+        if owner not in gone:
+            if open_owner is not None:
+                open_owner.keeper.end_snapshot(entry.checkpoint)
+            self._begin(self._give_back(owner))
+
+    def _check_unused(self, entry: SnapshotEntry, name: str) -> None:
+        state = self.catalog.state
+        key = entry.snapshot_id
+        if entry.protected:
+            raise Busy(f"snapshot {name} is protected")
+        if key in self._frozen or key in self._freezing:
+            raise Busy(f"snapshot {name} is attached")
+        clones = state.clones_of(key)
+        if clones:
+            names = ", ".join(sorted(self._described(clone) for clone in clones))
+            raise Busy(f"snapshot {name} is needed by {names}")
+
+    def _described(self, clone: VdiEntry) -> str:
+        """A clone for people: what of it is left if it was deleted."""
+        if not clone.hidden:
+            return clone.name
+        return ", ".join(self.snapshot_name(s) for s in self.catalog.state.snapshots_in(clone.log)) or clone.name
+
+    def _is_idle(self, entry: VdiEntry) -> bool:
+        """Whether nothing of the store's own uses a VDI or brings it up or down."""
+        vdi = self._open.get(entry.vdi_id)
+        under_way = entry.vdi_id in self._opening or entry.vdi_id in self._closing
+        return not under_way and (vdi is None or not vdi.users)
+
+    async def _until_idle(self, entries: Collection[VdiEntry]) -> None:
+        """Wait until that may be true of all of them; who comes later is refused, since they are in `_deleting`."""
+        for entry in entries:
+            while not self._is_idle(entry):
+                under_way = self._opening.get(entry.vdi_id) or self._closing.get(entry.vdi_id)
+                if under_way is not None:
+                    await asyncio.wait([under_way])
+                else:
+                    await self._unused.setdefault(entry.log, self.env.loop.create_future())
+                    self._unused.pop(entry.log, None)
+
+    def _needless(self, vdi_id: int, without: SnapshotEntry | None = None) -> bool:
+        """Whether a VDI was deleted and nothing needs it any more, once that snapshot is gone too."""
+        state = self.catalog.state
+        vdi = state.vdis[vdi_id]
+        left = [s for s in state.snapshots.values() if s is not without and (s.log == vdi.log or s.vdi_id == vdi_id)]
+        return vdi.hidden and not left
+
+    async def _gone(self, entry: VdiEntry) -> None:
+        """A VDI's deletion was committed: see to what is left of it."""
+        raise NotImplementedError
+
+    async def _give_back(self, entry: VdiEntry) -> None:
+        """See that the space which nothing in that VDI's log needs any more is freed."""
+        try:
+            if not self.leaving(entry.vdi_id):
+                async with self.using(entry) as vdi:
+                    await vdi.give_back(lambda: self.leaving(entry.vdi_id))
+        except StoreError as error:
+            log.warning("space of VDI %s comes back later: %s", entry.name, error)
+
+    async def _empty(self, entry: VdiEntry) -> None:
+        """Discard the data of a VDI that was deleted and whose log stays for its snapshots."""
+        try:
+            async with self.using(entry) as vdi:
+                await vdi.trim(0, vdi.size_bytes)
+                await vdi.flush()
+                async with self._change:
+                    now = self.catalog.state.vdis.get(entry.vdi_id)
+                    if now is not None:
+                        await self.catalog.commit(msgspec.structs.replace(now, emptied=True))
+                await vdi.give_back(lambda: self.leaving(entry.vdi_id))
+        except StoreError as error:
+            log.warning("space of VDI %s comes back later: %s", entry.name, error)
+
+    def resume_work(self) -> None:
+        """Go on with what a former process left undone."""
+        for entry in self.catalog.state.vdis.values():
+            if entry.hidden and not entry.emptied:
+                self._begin(self._empty(entry))

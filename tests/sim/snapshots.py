@@ -1,0 +1,156 @@
+"""Snapshots in a scenario: taken and deleted while clients work, shown whole in every later life.
+
+A snapshot's model is a copy of its disk's: it may show the state after the last request that was answered before the
+snapshot was asked for, after the last one that was taken before it was reported, or any in between. What the first look
+at it shows is what it must show ever after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+from typing import TYPE_CHECKING
+
+from objstore.errors import Busy, NoSpace, NotFound
+from objstore.volume.frozen import FrozenVolume
+from tests.sim.model import DiskModel, Violation
+
+if TYPE_CHECKING:
+    from objstore.volume.store import Store
+    from tests.sim.scenario import Scenario
+
+SNAPSHOTS_MAX = 5
+
+
+class Snapshots:
+    """All snapshots of a scenario, by name."""
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        self.scenario = scenario
+        self.world = scenario.world
+        self.rng = random.Random(seed + 4)
+        self.models: dict[str, DiskModel] = {}
+        self._pending: dict[str, tuple[DiskModel, int]] = {}
+        """Those that are being taken: model of the disk, and the last request answered before."""
+        self._tags = 0
+
+    # -- what may be there --------------------------------------------------------------------------------------
+
+    def _model(self, name: str, disk: DiskModel, low: int) -> DiskModel:
+        """What a snapshot of that disk may show now that was asked for behind request `low`."""
+        model = copy.copy(disk)
+        model.name = name
+        model.base = dict(disk.base)
+        model.versions = {block: list(versions) for block, versions in disk.versions.items()}
+        model.history = list(disk.history)
+        model.allowed = sum(1 << k for k in range(low, len(model.history) + 1))
+        model.existence = "maybe"
+        model.deleting = False
+        return model
+
+    def crashed(self) -> None:
+        """The process died."""
+        for name, (disk, low) in self._pending.items():
+            self.models[name] = self._model(name, disk, low)
+        self._pending.clear()
+
+    def check_names(self, store: Store) -> None:
+        """What exists must, what is gone must not; what was under way is settled now."""
+        names = {snapshot.name for snapshot in store.snapshots()}
+        for name, model in list(self.models.items()):
+            if model.existence == "yes" and name not in names:
+                raise Violation(f"snapshot {name} is gone")
+            if model.existence == "no" or name not in names:
+                del self.models[name]
+                if name in names:
+                    raise Violation(f"snapshot {name} was deleted and is there")
+                continue
+            model.existence = "yes"
+        if unknown := names - self.models.keys():
+            raise Violation(f"snapshots nobody took: {sorted(unknown)}")
+
+    async def verify(self, store: Store, share: float = 1.0) -> None:
+        """Show some snapshots whole."""
+        for name in sorted(self.models):
+            if self.models[name].existence == "yes" and self.rng.random() < share:
+                await self._show(store, name)
+
+    async def _show(self, store: Store, name: str) -> None:
+        model = self.models[name]
+        while True:
+            try:
+                volume = await store.open(name)
+                break
+            except NoSpace:
+                self.scenario.more_space("nospace-snapshot-map")
+        assert isinstance(volume, FrozenVolume)
+        if volume.size_bytes != model.size_bytes:
+            raise Violation(f"snapshot {name} has {volume.size_bytes} bytes instead of {model.size_bytes}")
+        if model.allowed is None:
+            model.allowed = 1
+        await self.scenario.show(model, volume)
+        model.settle()
+        await store.close(volume)
+
+    # -- what administrators do ---------------------------------------------------------------------------------
+
+    async def serve(self, store: Store) -> None:
+        """Take and delete snapshots beside the clients' work."""
+        rng = self.rng
+        for _ in range(rng.choice((0, 1, 2, 4))):
+            await asyncio.sleep(rng.random() * 0.15)
+            names = sorted(name for name, model in self.models.items() if model.existence == "yes")
+            if names and (len(names) >= SNAPSHOTS_MAX or rng.random() < 0.3):
+                await self._delete(store, rng.choice(names))
+            elif self.scenario.open_models:
+                await self._take(store, rng.choice(sorted(self.scenario.open_models)))
+
+    async def _take(self, store: Store, disk_name: str) -> None:
+        world, disk = self.world, self.scenario.models[disk_name]
+        self._tags += 1
+        tag = f"t{self._tags}"
+        name = f"{disk_name}@{tag}"
+        low = disk.flush_asked()
+        self._pending[name] = disk, low
+        world.active["snapshot"] += 1
+        world.note(f"taking {name} behind {low}")
+        try:
+            taken = await store.create_snapshot(disk_name, tag)
+        except (NoSpace, NotFound) as error:
+            del self._pending[name]
+            if isinstance(error, NoSpace):
+                self.scenario.more_space("nospace-snapshot")
+            return
+        finally:
+            world.active["snapshot"] -= 1
+        if not taken.taken or taken.snapshot.name != name:
+            raise Violation(f"snapshot {name} came as {taken}")
+        model = self.models[name] = self._model(name, disk, low)
+        model.existence = "yes"
+        del self._pending[name]
+        disk.durable = max(disk.durable, low)
+        world.note(f"took {name} before {len(disk.history)}")
+        if self.rng.random() < 0.4:
+            await self._show(store, name)
+
+    async def _delete(self, store: Store, name: str) -> None:
+        model = self.models[name]
+        model.existence = "maybe"
+        self.world.active["snapshot"] += 1
+        while True:
+            try:
+                await store.delete_snapshot(name)
+                break
+            except NoSpace:
+                self.scenario.more_space("nospace-delete")
+            except Busy:
+                await asyncio.sleep(0.01)
+        self.world.active["snapshot"] -= 1
+        del self.models[name]
+        self.world.note(f"deleted {name}")
+
+    async def delete_all(self, store: Store) -> None:
+        """Delete every snapshot: nothing that only they needed may stay."""
+        for name in sorted(self.models):
+            await self._delete(store, name)
