@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from nbdserver.control_data import Sessions
 from nbdserver.operations import describe, operation, operations, route
 from objstore.access.api import (
     BODY_BYTES_MAX,
@@ -30,7 +31,8 @@ from objstore.access.api import (
     ZoneChange,
     http_status,
 )
-from objstore.errors import Busy, InvalidRequest, StoreError
+from objstore.errors import Busy, Corrupt, InvalidRequest, StoreError
+from objstore.volume.base import VolumeSource
 from objstore.volume.status import (
     RecoveryStatus,
     ScrubStatus,
@@ -50,7 +52,7 @@ HTTP_LOG: Final = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class ControlledStore(Protocol):
+class ControlledStore(VolumeSource, Protocol):
     """What the control API needs of a store."""
 
     async def status(self) -> StoreStatus: ...
@@ -83,9 +85,11 @@ class ControlServer:
         self._store = store
         self._server_status = server_status
         self._path: Path | None = None
-        self.operations = [found for found, _ in operations(self)]
+        self._sessions = Sessions(store)
+        handlers = [*operations(self), *operations(self._sessions)]
+        self.operations = [found for found, _ in handlers]
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_errors_as_json])
-        app.add_routes([route(found, handler) for found, handler in operations(self)])
+        app.add_routes([route(found, handler) for found, handler in handlers])
         self._runner = web.AppRunner(
             app, handle_signals=False, access_log=None, logger=HTTP_LOG, shutdown_timeout=SHUTDOWN_SECONDS
         )
@@ -102,6 +106,7 @@ class ControlServer:
 
     async def stop(self) -> None:
         """Finish what is being answered (bounded), then remove the socket. Idempotent."""
+        await self._sessions.close()
         await self._runner.cleanup()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
@@ -262,6 +267,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except StoreError as error:
-        return _json(ErrorReply(type(error).__name__, str(error)), http_status(error))
+        bad = list(error.bad) if isinstance(error, Corrupt) else []
+        return _json(ErrorReply(type(error).__name__, str(error), bad), http_status(error))
     except web.HTTPException as error:
         return _json(ErrorReply(type(error).__name__, f"{request.method} {request.path}: {error.reason}"), error.status)

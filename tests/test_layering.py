@@ -24,7 +24,7 @@ WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
 CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
 SERVER = {"nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
-CONTROL = {"nbdserver.operations", "nbdserver.control", "nbdserver.control_client"}
+CONTROL = {"nbdserver.operations", "nbdserver.control_data", "nbdserver.control", "nbdserver.control_client"}
 
 MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it may import besides itself and BASE
     "objstore.backend": set(),
@@ -32,6 +32,9 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "objstore.check": set(),
     "objstore.replica": {"objstore.backend", "objstore.format"},
     "objstore.log": {"objstore.replica", "objstore.backend", "objstore.format"},
+    "objstore.access.buffers": set(),
+    "objstore.access.handle": {"objstore.access.buffers"},
+    "objstore.access.local_vdi": {"objstore.access.handle"},
     "objstore.access": {"objstore.volume.directories", "objstore.volume.store"},
     "objstore.volume": {"objstore.log", "objstore.replica", "objstore.backend", "objstore.format"},
     "nbdserver.wire": set(),
@@ -52,7 +55,8 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),
     "nbdserver.operations": set(),
-    "nbdserver.control": {"nbdserver.operations"},
+    "nbdserver.control": {"nbdserver.operations", "nbdserver.control_data"},
+    "nbdserver.control_data": {"nbdserver.operations", "objstore.access.local_vdi"},
     "nbdserver.control_client": set(),
     "nbdserver.service": SERVER | CONTROL | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},

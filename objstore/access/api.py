@@ -17,6 +17,10 @@ BODY_BYTES_MAX: Final = 64 << 10
 """Longest request body; every valid one is far shorter."""
 
 
+DATA_BYTES_MAX: Final = 1 << 20
+"""Most bytes of a VDI in one request or answer."""
+
+
 class LockNote(Struct, frozen=True, forbid_unknown_fields=False):
     """The line in a zone's lock that says who holds it. control: path of its control socket, empty = it has none."""
 
@@ -87,11 +91,56 @@ class Status(Struct, frozen=True, kw_only=True):
     store: StoreStatus
 
 
+class Session(Struct, frozen=True, kw_only=True):
+    """First message of the WebSocket that a library client keeps open: its handles live as long as that."""
+
+    session: str
+
+
+class OpenHandle(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A handle to open, for the session of that name."""
+
+    session: str
+    read_only: bool = False
+
+
+class Handle(Struct, frozen=True, kw_only=True):
+    """An open handle. handle: its name in paths."""
+
+    handle: str
+    size_bytes: int
+    read_only: bool
+    description: str
+
+
+class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A range of a VDI."""
+
+    offset_bytes: int
+    length_bytes: int
+
+
+class ZeroRange(Range, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A range to be zeroed. no_hole: its whole blocks stay allocated."""
+
+    no_hole: bool = False
+
+
+class ExtentReply(Struct, frozen=True, kw_only=True):
+    """See objstore.volume.base.Extent."""
+
+    length_bytes: int
+    hole: bool
+    zero: bool
+
+
 class ErrorReply(Struct, frozen=True):
-    """error: name of a class of objstore.errors, or of an HTTP condition; message: one line for people."""
+    """error: name of a class of objstore.errors, or of an HTTP condition; message: one line for people; bad: the
+    damaged ranges (offset and length in bytes) of Corrupt."""
 
     error: str
     message: str
+    bad: list[tuple[int, int]] = []
 
 
 STATUS_OF_ERROR: Final[dict[type[errors.StoreError], int]] = {
@@ -120,4 +169,6 @@ def error_from_reply(reply: ErrorReply) -> errors.StoreError:
     kind = getattr(errors, reply.error, None)
     if not (isinstance(kind, type) and issubclass(kind, errors.StoreError)):
         kind = errors.StoreError
+    if issubclass(kind, errors.Corrupt):
+        return kind(reply.message, reply.bad)
     return kind(reply.message)

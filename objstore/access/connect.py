@@ -37,7 +37,9 @@ def connect(
         if socket is not None:
             if zones or settings is not None or create or force or read_only:
                 raise InvalidRequest("a server has its zones and their settings: give a socket alone")
-            raise InvalidRequest("not yet")
+            from objstore.access.remote import connect_server
+
+            return await connect_server(socket)
         if not zones:
             raise InvalidRequest("connect to what? Give zones, or the socket of a server")
         from objstore.access.local import LocalConnection

@@ -5,6 +5,8 @@ import msgspec
 from objstore.errors import Busy, Exists, InvalidRequest, NoSpace, NotFound
 from objstore.names import check_name
 from objstore.units import GIB, TIB
+from objstore.volume.base import Volume, VolumeInfo
+from objstore.volume.memory import MemoryVolume
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
     DamagedRange,
@@ -161,6 +163,19 @@ class FakeStore:
 
     def vdis(self) -> list[VdiStatus]:
         return [self._vdis[name] for name in sorted(self._vdis)]
+
+    def names(self) -> list[str]:
+        return sorted(self._vdis)
+
+    def peek(self, name: str) -> VolumeInfo | None:
+        return VolumeInfo(name, self._vdis[name].size_bytes, False, "fake") if name in self._vdis else None
+
+    async def open(self, name: str) -> Volume:
+        self.attached.add(name)
+        return MemoryVolume(name, self.vdi(name).size_bytes)
+
+    async def close(self, volume: Volume) -> None:
+        self.attached.discard(volume.name)
 
     def vdi(self, name: str) -> VdiStatus:
         if name not in self._vdis:

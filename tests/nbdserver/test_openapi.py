@@ -7,10 +7,12 @@ import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import aiohttp
 import pytest
 
 from nbdserver.control import ControlServer
@@ -18,6 +20,8 @@ from objstore.access.api import ServerStatus
 from objstore.units import MIB
 from objstore.volume.store import Store, open_store
 
+SESSION, HANDLE = "the session", "a handle"
+"""Stand for the names that the server gives."""
 EXAMPLES: dict[str, dict[str, Any]] = {
     "create_vdi": {"body": {"name": "new", "size_bytes": MIB}},
     "get_vdi": {"name": "disk"},
@@ -31,6 +35,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "set_copies": {"name": "disk", "body": {"copies": 1}},
     "set_recovery_rate": {"body": {"bytes_per_second_max": MIB}},
     "change_zones": {"body": {"action": "set-weight", "zone": "0", "weight": 2.0}},
+    "open_handle": {"name": "disk", "body": {"session": SESSION}},
+    "read_data": {"handle": HANDLE, "offset_bytes": 1, "length_bytes": 5000},
+    "write_data": {"handle": HANDLE, "offset_bytes": 1, "writeback": "false", "body": b"data"},
+    "zero_range": {"handle": HANDLE, "body": {"offset_bytes": 0, "length_bytes": 5000, "no_hole": True}},
+    "discard_range": {"handle": HANDLE, "body": {"offset_bytes": 0, "length_bytes": 8192}},
+    "flush_handle": {"handle": HANDLE},
+    "list_extents": {"handle": HANDLE, "offset_bytes": 0, "length_bytes": 8192},
+    "close_handle": {"handle": HANDLE},
 }
 """What each operation is called with: path and query parameters by name, and `body`."""
 
@@ -97,6 +109,29 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     return isinstance(value, plain)
 
 
+def named(value: Any, names: dict[str, str]) -> Any:
+    """A value with the server's names in the place of those that stand for them."""
+    if isinstance(value, dict):
+        return {key: named(one, names) for key, one in value.items()}
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+@asynccontextmanager
+async def begun_session(path: Path, api: dict[str, Any]) -> AsyncIterator[str]:
+    """The one operation that is a WebSocket."""
+    found = api["paths"]["/v1/session"]["get"]
+    assert found["operationId"] == "open_session"
+    (schema,) = found["responses"]["101"]["content"].values()
+    connector = aiohttp.UnixConnector(os.fspath(path))
+    async with (
+        aiohttp.ClientSession("http://localhost", connector=connector) as http,
+        http.ws_connect("/v1/session") as socket,
+    ):
+        answer = json.loads(await socket.receive_str())
+        assert fits(answer, schema["schema"], api)
+        yield answer["session"]
+
+
 async def call(path: Path, api: dict[str, Any], name: str, given: dict[str, Any]) -> Any:
     """Call an operation as the description says; checks the answer against it."""
     ((target, method, found),) = (
@@ -147,9 +182,14 @@ async def test_each_operation_is_called_as_described(control: Path) -> None:
     names = await operation_names(control)
     assert len(names) == len(set(names))
     assert set(EXAMPLES) <= set(names), "an example of an operation that does not exist"
-    names.sort(key=lambda name: name.startswith("delete_"))  # last: the others need them
-    for name in names:
-        await call(control, api, name, EXAMPLES.get(name, {}))
+    names.remove("open_session")
+    names.sort(key=lambda name: (name.startswith("delete_"), name == "close_handle"))  # last: others need them
+    async with begun_session(control, api) as session:
+        opened = await call(control, api, "open_handle", named(EXAMPLES["open_handle"], {SESSION: session}))
+        known = {SESSION: session, HANDLE: opened["handle"]}
+        names.remove("open_handle")
+        for name in names:
+            await call(control, api, name, named(EXAMPLES.get(name, {}), known))
 
 
 async def test_every_reference_leads_somewhere_and_every_operation_has_a_summary(control: Path) -> None:

@@ -1,5 +1,6 @@
 """The blocking facade and its file object."""
 
+import asyncio
 import errno
 import inspect
 import io
@@ -15,6 +16,7 @@ import objstore
 from objstore import Connection, Corrupt, InvalidRequest, OutOfRange, VdiFile, VdiHandle, blocking
 from objstore.access import file as access_file
 from objstore.access.blocking import BlockingConnection, BlockingVdi
+from tests.objstore.access.conftest import serving
 
 MIB = 1 << 20
 
@@ -111,9 +113,37 @@ def test_what_was_written_is_there_in_the_next_life(zones: list[Path]) -> None:
     store.close()
 
 
+def test_a_server_is_reached_as_well(zones: list[Path], socket_path: Path) -> None:
+    """The server runs in a thread of its own here."""
+    started, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with serving(zones, socket_path):
+            started.set()
+            await asyncio.to_thread(stop.wait)
+
+    server = threading.Thread(target=asyncio.run, args=(serve(),))
+    server.start()
+    started.wait()
+    try:
+        with blocking.connect(socket=socket_path) as store:
+            store.create("disk", 4 * MIB)
+            with store.open("disk") as vdi, vdi.file() as file:
+                file.write(b"through a socket")
+                file.seek(0)
+                assert file.readall() == b"through a socket".ljust(4 * MIB, b"\0")
+                assert [(extent.length_bytes, extent.hole) for extent in vdi.map(0, 8192)] == [
+                    (4096, False),
+                    (4096, True),
+                ]
+    finally:
+        stop.set()
+        server.join()
+
+
 def test_a_connection_that_fails_leaves_nothing_behind(zones: list[Path]) -> None:
     for background in (False, True):
-        with pytest.raises(objstore.NotFound):
+        with pytest.raises(objstore.Unavailable):
             blocking.connect(zones, background=background)
     assert "objstore" not in {thread.name for thread in threading.enumerate()}
 

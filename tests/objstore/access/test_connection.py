@@ -96,8 +96,11 @@ async def test_what_connect_refuses(zones: list[Path]) -> None:
         await objstore.connect()
     with pytest.raises(InvalidRequest, match="give a socket alone"):
         await objstore.connect(zones, socket="/x")
-    with pytest.raises(NotFound):
+    with pytest.raises(objstore.Unavailable, match="zones are missing"):
         await objstore.connect(zones)
+    zones[0].mkdir()
+    with pytest.raises(NotFound, match="no zone of a store"):
+        await objstore.connect(zones[:1])
 
 
 def test_every_public_name_is_there() -> None:

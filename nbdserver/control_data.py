@@ -1,0 +1,179 @@
+"""The data side of the control API: sessions, their handles, and the bytes that go through them.
+
+A session is a WebSocket that its client keeps open and never writes to; its handles are closed when it ends, however
+that comes about. Bodies are at most DATA_BYTES_MAX long, and BODIES_MAX of them are in memory at a time.
+"""
+
+import asyncio
+import secrets
+import select
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import msgspec
+from aiohttp import WSCloseCode, web
+
+from nbdserver.operations import BINARY, operation
+from objstore.access.api import DATA_BYTES_MAX, ExtentReply, Handle, OpenHandle, Range, Session, ZeroRange
+from objstore.access.local_vdi import LocalVdi
+from objstore.errors import Fenced, InvalidRequest
+from objstore.volume.base import VolumeSource
+
+BODIES_MAX: Final = 32
+"""Others wait before their bodies are read."""
+STALL_SECONDS: Final = 30.0
+"""A client that moves no byte of a body for so long loses its connection: others wait for its place."""
+EXTENTS_MAX: Final = 1 << 12
+
+
+class Sessions:
+    """Every session, its handles by name. Touched by the event loop only."""
+
+    def __init__(self, source: VolumeSource) -> None:
+        self._source = source
+        self._sockets: dict[str, web.WebSocketResponse] = {}
+        self._handles: dict[str, dict[str, LocalVdi]] = {}
+        """Session -> handle -> VDI."""
+        self._bodies = asyncio.Semaphore(BODIES_MAX)
+
+    async def close(self) -> None:
+        """End every session."""
+        for socket in list(self._sockets.values()):
+            await socket.close(code=WSCloseCode.GOING_AWAY)
+
+    @operation("GET", "/v1/session", status=101, answer=Session)
+    async def open_session(self, request: web.Request) -> web.StreamResponse:
+        """Begin a session, by WebSocket; its first message names it, and its handles are closed when it ends."""
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        name = secrets.token_hex(16)
+        self._sockets[name] = socket
+        handles = self._handles[name] = {}
+        try:
+            await socket.send_str(msgspec.json.encode(Session(session=name)).decode())
+            async for _ in socket:
+                pass
+        finally:
+            del self._sockets[name], self._handles[name]
+            for handle in list(handles.values()):
+                await handle.close()
+        return socket
+
+    @operation("POST", "/v1/vdis/{name}/handles", status=201)
+    async def open_handle(self, name: str, body: OpenHandle) -> Handle:
+        """Open a VDI for a session."""
+        if body.session not in self._handles:
+            raise Fenced("the session has ended")
+        volume = await self._source.open(name)
+        vdi = LocalVdi(volume, self._give_back, read_only=body.read_only)
+        handles = self._handles.get(body.session)
+        if handles is None:  # it ended meanwhile
+            await vdi.close()
+            raise Fenced("the session has ended")
+        handle = secrets.token_hex(16)
+        handles[handle] = vdi
+        return Handle(handle=handle, size_bytes=vdi.size_bytes, read_only=vdi.read_only, description=vdi.description)
+
+    async def _give_back(self, vdi: LocalVdi) -> None:
+        await self._source.close(vdi.volume)
+
+    @operation("DELETE", "/v1/handles/{handle}")
+    async def close_handle(self, handle: str) -> None:
+        """Close a handle."""
+        vdi = self._vdi(handle)
+        for handles in self._handles.values():
+            handles.pop(handle, None)
+        await vdi.close()
+
+    def _vdi(self, handle: str) -> LocalVdi:
+        for handles in self._handles.values():
+            if handle in handles:
+                return handles[handle]
+        raise Fenced("the server does not know this handle: it was closed, or its session has ended")
+
+    @operation("GET", "/v1/handles/{handle}/data", answer=bytes)
+    async def read_data(
+        self, request: web.Request, handle: str, offset_bytes: int, length_bytes: int
+    ) -> web.StreamResponse:
+        """Read so many bytes, at most 1 MiB."""
+        vdi = self._vdi(handle)
+        if length_bytes > DATA_BYTES_MAX:
+            raise InvalidRequest(f"length_bytes = {length_bytes}: at most {DATA_BYTES_MAX} are possible")
+        async with self._bodies:
+            data = await vdi.read(offset_bytes, length_bytes)
+            response = web.StreamResponse(headers={"Content-Type": BINARY, "Content-Length": str(length_bytes)})
+            async with _bounded(request):
+                await response.prepare(request)
+                await response.write(data)
+                await response.write_eof()
+        return response
+
+    @operation("PUT", "/v1/handles/{handle}/data", binary_body=True)
+    async def write_data(
+        self, request: web.Request, handle: str, offset_bytes: int, writeback: bool | None = None
+    ) -> None:
+        """Write the body, at most 1 MiB. writeback: false = durable when this is answered, true = acknowledged from
+        memory where the VDI's mode allows it, left out = as the mode says."""
+        vdi = self._vdi(handle)
+        length = request.content_length
+        if length is None or length > DATA_BYTES_MAX:
+            raise InvalidRequest(f"a body of {length} bytes: its length is needed, and at most {DATA_BYTES_MAX}")
+        async with self._bodies:
+            data = bytearray()
+            async with _bounded(request):
+                async for part in request.content.iter_any():
+                    data += part
+            vdi.check_change(offset_bytes, len(data))
+            await vdi.put(offset_bytes, memoryview(data), writeback, _alive(request, vdi))
+
+    @operation("POST", "/v1/handles/{handle}/zero")
+    async def zero_range(self, request: web.Request, handle: str, body: ZeroRange) -> None:
+        """Make a range read as zeros."""
+        vdi = self._vdi(handle)
+        vdi.check_change(body.offset_bytes, body.length_bytes)
+        await vdi.volume.zero(body.offset_bytes, body.length_bytes, no_hole=body.no_hole, alive=_alive(request, vdi))
+
+    @operation("POST", "/v1/handles/{handle}/discard")
+    async def discard_range(self, request: web.Request, handle: str, body: Range) -> None:
+        """Give back the whole blocks of a range."""
+        vdi = self._vdi(handle)
+        vdi.check_change(body.offset_bytes, body.length_bytes)
+        await vdi.volume.trim(body.offset_bytes, body.length_bytes, alive=_alive(request, vdi))
+
+    @operation("POST", "/v1/handles/{handle}/flush")
+    async def flush_handle(self, handle: str) -> None:
+        """Answered when everything that was complete before is durable."""
+        await self._vdi(handle).flush()
+
+    @operation("GET", "/v1/handles/{handle}/extents")
+    async def list_extents(self, handle: str, offset_bytes: int, length_bytes: int) -> list[ExtentReply]:
+        """The state of a range from its start; may cover less than was asked for, at least one byte."""
+        found = await self._vdi(handle).volume.extents(offset_bytes, length_bytes, extents_max=EXTENTS_MAX)
+        return [ExtentReply(length_bytes=one.length_bytes, hole=one.hole, zero=one.zero) for one in found]
+
+
+@asynccontextmanager
+async def _bounded(request: web.Request) -> AsyncIterator[None]:
+    """Cut the connection of a client that keeps a place and moves nothing."""
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            yield
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise InvalidRequest("the body did not get through in time") from None
+
+
+def _alive(request: web.Request, vdi: LocalVdi) -> Callable[[], bool]:
+    """Whether the client still waits for the answer: one that gave up may have asked for something else since, which
+    this must not overtake (DESIGN.md, rule 22). The loop may not have seen yet that it hung up: the socket knows."""
+    transport = request.transport
+    poll = select.poll()
+    if transport is not None:
+        poll.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+
+    def alive() -> bool:
+        return transport is not None and not transport.is_closing() and not vdi.closed and not poll.poll(0)
+
+    return alive

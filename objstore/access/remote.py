@@ -1,0 +1,270 @@
+"""The library over the control socket of a running server: the same connection and handles, data included."""
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+
+from objstore.access.api import (
+    DATA_BYTES_MAX,
+    Copies,
+    CreateVdi,
+    ErrorReply,
+    ExtentReply,
+    Handle,
+    OpenHandle,
+    Range,
+    RecoveryRate,
+    Session,
+    Status,
+    ZeroRange,
+    ZoneChange,
+    error_from_reply,
+)
+from objstore.access.connection import Connection
+from objstore.access.handle import VdiHandle
+from objstore.errors import Stopping, StoreError, Unavailable
+from objstore.volume.base import Extent
+from objstore.volume.settings import MODES
+from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+
+CONNECTIONS_MAX: Final = 17
+"""To one server: so many requests less one are under way at a time, others wait. One is the session's."""
+
+T = TypeVar("T")
+
+
+class ControlHttp:
+    """HTTP to a control socket. Errors are the StoreError that the server raised, or Unavailable if it went away."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._http = aiohttp.ClientSession(
+            "http://localhost",
+            connector=aiohttp.UnixConnector(path, limit=CONNECTIONS_MAX),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        self._socket: aiohttp.ClientWebSocketResponse | None = None
+
+    async def begin_session(self) -> str:
+        """Its name. It ends with `close`, or with this process."""
+        try:
+            self._socket = await self._http.ws_connect("/v1/session")
+            return msgspec.json.decode(await self._socket.receive_str(), type=Session).session
+        except (aiohttp.ClientError, OSError, TypeError, msgspec.DecodeError) as error:
+            raise Unavailable(f"control socket {self.path}: {_reason(error)}") from error
+
+    async def ask(
+        self, method: str, path: str, answer: type[T], body: Any = None, query: Mapping[str, int | str] | None = None
+    ) -> T:
+        """Send a record (or none) and decode the answer."""
+        data = None if body is None else msgspec.json.encode(body)
+        reply = await self._request(method, path, data, query or {}, None)
+        try:
+            return msgspec.json.decode(reply, type=answer)
+        except msgspec.DecodeError as error:
+            raise StoreError(
+                f"control socket {self.path}: answer to {method} {path} not understood: {error}"
+            ) from error
+
+    async def tell(
+        self, method: str, path: str, body: Any = None, query: Mapping[str, int | str] | None = None
+    ) -> None:
+        """Send a record, or bytes as they are; nothing comes back."""
+        data = body if body is None or isinstance(body, memoryview) else msgspec.json.encode(body)
+        await self._request(method, path, data, query or {}, None)
+
+    async def fetch(self, path: str, query: Mapping[str, int | str], into: memoryview) -> None:
+        """Fill a buffer with the bytes of an answer."""
+        await self._request("GET", path, None, query, into)
+
+    async def _request(
+        self, method: str, path: str, data: Any, query: Mapping[str, int | str], into: memoryview | None
+    ) -> bytes:
+        try:
+            async with self._http.request(method, path, data=data, params=query) as response:
+                if response.status >= 300 or into is None:
+                    reply = await response.read()
+                else:
+                    at = 0
+                    async for part in response.content.iter_any():
+                        into[at : at + len(part)] = part
+                        at += len(part)
+                    if at != len(into):
+                        raise StoreError(f"control socket {self.path}: {at} bytes came, {len(into)} were asked for")
+                    return b""
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unavailable(f"control socket {self.path}: {_reason(error)}") from error
+        except ValueError as error:  # more bytes than asked for
+            raise StoreError(f"control socket {self.path}: answer of a wrong length") from error
+        if response.status < 300:
+            return reply
+        try:
+            raise error_from_reply(msgspec.json.decode(reply, type=ErrorReply))
+        except msgspec.DecodeError:
+            raise StoreError(f"control socket {self.path}: {method} {path} answered {response.status}") from None
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if self._socket is not None:
+            await self._socket.close()
+        await self._http.close()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"nobody answers there ({error.os_error.strerror})"
+    return f"the server went away ({error!r})"
+
+
+class RemoteVdi(VdiHandle):
+    """A VDI behind a server."""
+
+    piece_bytes_max = DATA_BYTES_MAX
+
+    def __init__(self, connection: "RemoteConnection", name: str, opened: Handle) -> None:
+        super().__init__(name, opened.size_bytes, opened.description, read_only=opened.read_only)
+        self._connection = connection
+        self._http = connection.http
+        self._path = f"/v1/handles/{opened.handle}"
+
+    async def _read(self, offset: int, view: memoryview) -> None:
+        query = {"offset_bytes": offset, "length_bytes": len(view)}
+        await self._http.fetch(f"{self._path}/data", query, view)
+
+    async def _write(self, offset: int, view: memoryview, writeback: bool | None) -> None:
+        self._check(0, 0)  # the handle may have been closed between two pieces
+        query: dict[str, int | str] = {"offset_bytes": offset}
+        if writeback is not None:
+            query["writeback"] = "true" if writeback else "false"
+        await self._http.tell("PUT", f"{self._path}/data", view, query)
+
+    async def _zero(self, offset: int, length: int, no_hole: bool) -> None:
+        body = ZeroRange(offset_bytes=offset, length_bytes=length, no_hole=no_hole)
+        await self._http.tell("POST", f"{self._path}/zero", body)
+
+    async def _discard(self, offset: int, length: int) -> None:
+        await self._http.tell("POST", f"{self._path}/discard", Range(offset_bytes=offset, length_bytes=length))
+
+    async def _flush(self) -> None:
+        await self._http.tell("POST", f"{self._path}/flush")
+
+    async def _extents(self, offset: int, length: int) -> list[Extent]:
+        query = {"offset_bytes": offset, "length_bytes": length}
+        found = await self._http.ask("GET", f"{self._path}/extents", list[ExtentReply], query=query)
+        return [Extent(one.length_bytes, one.hole, one.zero) for one in found]
+
+    async def _close(self) -> None:
+        self._connection.handles.discard(self)
+        await self._http.tell("DELETE", self._path)
+
+
+class RemoteConnection(Connection):
+    """A store behind a server."""
+
+    def __init__(self, http: ControlHttp, session: str) -> None:
+        self.http = http
+        self.handles: set[RemoteVdi] = set()
+        self._session = session
+        self._closed = False
+
+    async def _open(self, name: str, read_only: bool) -> VdiHandle:
+        if self._closed:
+            raise Stopping("the connection was closed")
+        body = OpenHandle(session=self._session, read_only=read_only)
+        vdi = RemoteVdi(self, name, await self.http.ask("POST", f"{_path(name)}/handles", Handle, body))
+        self.handles.add(vdi)
+        return vdi
+
+    async def create(
+        self, name: str, size_bytes: int, *, copies: int | None = None, mode: str = MODES[0], prealloc: bool = False
+    ) -> VdiStatus:
+        """See Connection."""
+        body = CreateVdi(name=name, size_bytes=size_bytes, copies=copies, mode=mode, prealloc=prealloc)
+        return await self.http.ask("POST", "/v1/vdis", VdiStatus, body)
+
+    async def vdis(self) -> AsyncIterator[VdiStatus]:
+        """See Connection."""
+        for vdi in await self.http.ask("GET", "/v1/vdis", list[VdiStatus]):
+            yield vdi
+
+    async def info(self, name: str) -> VdiStatus:
+        """See Connection."""
+        return await self.http.ask("GET", _path(name), VdiStatus)
+
+    async def delete(self, name: str) -> None:
+        """See Connection."""
+        await self.http.tell("DELETE", _path(name))
+
+    async def set_copies(self, name: str, copies: int) -> VdiStatus:
+        """See Connection."""
+        return await self.http.ask("PUT", f"{_path(name)}/copies", VdiStatus, Copies(copies=copies))
+
+    async def damage(self, name: str) -> VdiDamage:
+        """See Connection."""
+        return await self.http.ask("GET", f"{_path(name)}/damage", VdiDamage)
+
+    async def status(self) -> StoreStatus:
+        """See Connection."""
+        return (await self.http.ask("GET", "/v1/status", Status)).store
+
+    async def change_zones(
+        self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
+    ) -> list[ZoneStatus]:
+        """See Connection."""
+        zone = _absolute(zone) if action == "add" else zone
+        path = None if path is None else _absolute(path)
+        change = ZoneChange(action=action, zone=zone, path=path, weight=weight, force=force)
+        return await self.http.ask("POST", "/v1/zones", list[ZoneStatus], change)
+
+    async def start_scrub(self) -> ScrubStatus:
+        """See Connection."""
+        return await self.http.ask("POST", "/v1/scrub", ScrubStatus)
+
+    async def scrub(self) -> ScrubStatus:
+        """See Connection."""
+        return await self.http.ask("GET", "/v1/scrub", ScrubStatus)
+
+    async def recovery(self) -> RecoveryStatus:
+        """See Connection."""
+        return await self.http.ask("GET", "/v1/recovery", RecoveryStatus)
+
+    async def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus:
+        """See Connection."""
+        return await self.http.ask(
+            "PUT", "/v1/recovery", RecoveryStatus, RecoveryRate(bytes_per_second_max=bytes_per_second)
+        )
+
+    async def close(self) -> None:
+        """See Connection."""
+        self._closed = True
+        try:
+            for vdi in list(self.handles):
+                await vdi.close()
+        finally:
+            await self.http.close()
+
+
+async def connect_server(socket: Path | str) -> RemoteConnection:
+    """Connect to the server behind a control socket. Unavailable: nobody answers there."""
+    http = ControlHttp(os.fspath(socket))
+    try:
+        return RemoteConnection(http, await http.begin_session())
+    except BaseException:
+        await http.close()
+        raise
+
+
+def _path(name: str) -> str:
+    return "/v1/vdis/" + quote(name, safe="")
+
+
+def _absolute(path: str) -> str:
+    """A server has another working directory."""
+    return os.path.abspath(path)
