@@ -314,6 +314,13 @@ class Env:
         self._news.set()
         self._wake_change()
 
+    def close_handle(self, zone: int, handle: Handle) -> None:
+        """Nobody needs this handle any more."""
+        if zone in self.in_service:
+            handle.close()
+        else:
+            self.orphan(zone, handle)
+
     def orphan(self, zone: int, handle: Handle) -> None:
         """Nobody needs this handle of a zone that is out of service: closing it here could hang, or let a call that
         hangs go to another file."""

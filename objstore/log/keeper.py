@@ -112,6 +112,9 @@ class Keeper:
         self._waiters: list[asyncio.Future[None]] = []
         """Told when the checkpoint under way has ended, or finds no space."""
         self._failed: StoreError | None = None
+        """Why the last checkpoint that was begun failed."""
+        self._part_waiters: list[asyncio.Future[None]] = []
+        """Who waits for a checkpoint to begin while a request is in the log only in part."""
         self._for_snapshot = 0
         """Number of the checkpoint under way if it is a snapshot's."""
         self._wants_snapshot = False
@@ -146,6 +149,7 @@ class Keeper:
         if self in memory.owners:
             memory.owners.remove(self)
         memory.wake()
+        self._wake_part_waiters()
 
     @property
     def pinned_bytes(self) -> int:
@@ -251,18 +255,38 @@ class Keeper:
         """A request of several parts is complete, or given up."""
         if self.wanted:
             self._force()
+        self._wake_part_waiters()
+
+    def _wake_part_waiters(self) -> None:
+        for waiter in self._part_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._part_waiters.clear()
 
     async def checkpoint(self) -> None:
-        """Write a checkpoint of everything appended before this call. StoreError: it could not be written."""
-        while self._task is not None:
+        """Write a checkpoint of everything appended before this call; where a request is in the log only in part, as
+        soon as the rest is. StoreError: it could not be written."""
+        writer = self.disk.writer
+        number = self.next_number
+        while self.number < number:
+            if writer.error is not None:
+                raise writer.error
+            if self._closed:
+                raise Unavailable(f"the log is being closed log={self.disk.log}")
+            self._force()
+            if self._task is None:
+                await self._whole()
+                continue
+            begun = self.next_number - 1
             await self._settled()
-        self._failed = None
-        self._force()
-        await self._settled()
-        if self._failed is not None:
-            raise self._failed
-        if self.disk.writer.error is not None:
-            raise self.disk.writer.error
+            if begun >= number and self._failed is not None:
+                raise self._failed
+
+    async def _whole(self) -> None:
+        """Wait until the request that is in the log in part is complete, or was given up."""
+        waiter: asyncio.Future[None] = self.disk.env.loop.create_future()
+        self._part_waiters.append(waiter)
+        await waiter
 
     async def _settled(self) -> None:
         """Wait for the checkpoint under way. NoSpace: it waits for space."""
@@ -332,6 +356,7 @@ class Keeper:
         disk = self.disk
         writer = disk.writer
         self.wanted = False
+        self._failed = None
         next_segment = writer.tail_number
         header = CheckpointHeader(
             disk.log,

@@ -470,12 +470,10 @@ class LogWriter:
         """A prepared segment is not needed: nothing was written into it."""
         for zone in segment.zones:
             handle = segment.handles.pop(zone, None)
+            if handle is not None:
+                self.env.close_handle(zone, handle)
             if zone in self.env.in_service:
-                if handle is not None:
-                    handle.close()
                 self.env.executor.submit(zone, self.env.zones[zone].backend.delete, (segment.name,), _garbage)
-            elif handle is not None:
-                self.env.orphan(zone, handle)
         segment.reader = None
 
     def _wake_room(self) -> None:
@@ -833,7 +831,7 @@ class LogWriter:
                 waiter.set_result(None)
 
     def lane_idle(self) -> None:
-        """A lane has nothing under way."""
+        """A lane has nothing under way, or none is waited for any more."""
         for waiter in self._idle_waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -865,7 +863,7 @@ class LogWriter:
         self.unsealed.pop(segment.number, None)
         if not segment.pins:
             for zone in [z for z, handle in segment.handles.items() if handle is not segment.reader]:
-                segment.handles.pop(zone).close()
+                self.env.close_handle(zone, segment.handles.pop(zone))
         self.env.crc_cache.append(segment)
         self.env.trim_crc_cache()
         waiting = []
@@ -1014,6 +1012,7 @@ class LogWriter:
             if not waiter.done():
                 waiter.set_exception(self.error)
         self._wake_room()
+        self.lane_idle()
         self.env.wake_dirty()
         if self.observer is not None:
             self.observer.log_failed()
@@ -1032,15 +1031,17 @@ class LogWriter:
             await asyncio.wait([self._preparing])
         while self._prepared:
             segment = self._prepared.popleft()
+            if self.error is not None:  # the zones may hang
+                self._discard(segment)
+                continue
             segment.close_handles()
             for zone in self.env.serving(segment.zones):
                 with contextlib.suppress(StoreError):  # an empty segment more is garbage that the next opening removes
                     await run(self.env.executor, zone, self.env.zones[zone].backend.delete, segment.name)
-        if self.error is None:
-            while any(lane.busy for lane in self._lanes.values()):
-                waiter: asyncio.Future[None] = self.env.loop.create_future()
-                self._idle_waiters.append(waiter)
-                await waiter
+        while self.error is None and any(lane.busy for lane in self._lanes.values()):
+            waiter: asyncio.Future[None] = self.env.loop.create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
         stuck = any(lane.busy for lane in self._lanes.values())
         for segment in list(self.unsealed.values()):
             if stuck:

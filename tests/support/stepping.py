@@ -173,6 +173,7 @@ class WatchedBackend(MemoryBackend):
     calls: (call, object name, offset or size) of every create, write, write_durable, sync and truncate, in order.
     fault: asked before each call of those and of get, open, put, delete; may raise.
     unreadable: (object name, offset) of places that its medium can't read.
+    closed: the object of each handle that was closed, in order.
     """
 
     def __init__(self, storage: MemoryStorage | None = None) -> None:
@@ -181,6 +182,7 @@ class WatchedBackend(MemoryBackend):
         self.calls: list[tuple[str, str, int]] = []
         self.fault: Callable[[str, str], None] = lambda call, name: None
         self.unreadable: set[tuple[str, int]] = set()
+        self.closed: list[str] = []
 
     def note(self, call: str, name: str, number: int = 0) -> None:
         self.fault(call, name)
@@ -232,6 +234,10 @@ class WatchedHandle(MemoryHandle):
     def truncate(self, size_bytes: int) -> None:
         self._backend.note("truncate", self.name, size_bytes)
         super().truncate(size_bytes)
+
+    def close(self) -> None:
+        self._backend.closed.append(self.name)
+        super().close()
 
     def read(self, offset_bytes: int, buffers: Sequence[memoryview]) -> int:
         self._backend.fault("read", self.name)

@@ -360,6 +360,71 @@ async def test_a_zone_is_not_taken_back_while_a_call_hangs() -> None:
         executor_of(env).readmit(1)
 
 
+async def test_a_descriptor_is_not_closed_under_a_call_that_hangs() -> None:
+    """The zone that hangs is the last one to have the seal: leaving it out makes the seal durable."""
+    env = make_env(2)
+    join(env)
+    async with writer_on(env, place=placed(env, 2)) as writer:
+        await written(writer, 1)
+        name = open_segment(writer).name
+        assert open_segment(writer).reader is open_segment(writer).handles[0]
+        await turns()
+        executor_of(env).hold(1)
+        writer.finish_segment()
+        sealed = asyncio.create_task(writer.sealed_below(1))
+        await turns()
+        assert executor_of(env).outstanding(1)
+        await env.put_out(1, ZoneFailed("no answer"))
+        await sealed
+        assert name not in backend_of(env, 1).closed
+        executor_of(env).release(1)
+        await turns()
+        assert backend_of(env, 1).closed.count(name) == 1
+
+
+async def test_a_log_that_failed_closes_nothing_of_a_zone_that_is_out(expected_warnings: ExpectedWarnings) -> None:
+    """It is not told of zones that go any more; what it has set aside there is closed behind the calls that hang."""
+    expected_warnings.allow("log stopped")
+    env = make_env(2)
+    join(env)
+    async with writer_on(env, place=placed(env, 2)) as writer:
+        await written(writer, 1)
+        await turns()
+        name = writer._prepared[0].name
+        writer.fail(Unavailable("it is over"))
+        executor_of(env).hold(1)
+        env.executor.submit(1, backend_of(env, 1).list, ("",), lambda result, error: None)
+        await env.put_out(1, ZoneFailed("no answer"))
+        await writer.close()
+        assert name not in backend_of(env, 1).closed
+        executor_of(env).release(1)
+        await turns()
+        assert backend_of(env, 1).closed.count(name) == 1
+
+
+async def test_closing_a_log_ends_when_a_zone_that_hangs_can_not_be_put_out(
+    expected_warnings: ExpectedWarnings,
+) -> None:
+    expected_warnings.allow("log stopped")
+    env = make_env(1)
+    join(env)
+    async with writer_on(env) as writer:
+        await written(writer, 1)
+        await turns()
+        writer.forget_prepared()
+        await turns()
+        executor_of(env).hold(0)
+        await put(writer, 2)
+        writer.cut()
+        closing = asyncio.create_task(writer.close())
+        await turns()
+        assert not closing.done()
+        writer.fail(Unavailable("the zone hangs, and there is no other"))
+        await turns()
+        assert closing.done()
+        assert open_segment(writer).name not in backend_of(env, 0).closed
+
+
 async def test_a_segment_being_made_on_a_hung_zone_is_made_elsewhere() -> None:
     env = make_env(3)
     join(env)

@@ -60,6 +60,45 @@ async def test_nothing_of_a_checkpoint_is_seen_before_its_segments_are_sealed(di
     assert len(disk.checkpoints) == 1
 
 
+async def test_a_checkpoint_that_is_asked_for_between_the_parts_of_a_request_comes_behind_them(disk: ModelDisk) -> None:
+    """Whoever waits for it removes what it does not list any more."""
+    await disk.write(0, 10)
+    env, keeper = disk.vdi.disk.env, disk.vdi.keeper
+    await turns()
+    executor_of(env).hold(0, 1)  # no segment for the rest of the request
+    request = asyncio.create_task(disk.write(0, 1000))
+    await turns()
+    assert disk.vdi.disk.between_parts
+    asked = [asyncio.create_task(keeper.checkpoint()) for _ in range(2)]
+    await turns()
+    assert not any(task.done() for task in asked)
+    executor_of(env).release(0, 1)
+    await asyncio.gather(request, *asked)
+    assert loaded(disk).header.position == disk.vdi.disk.writer.position
+    assert keeper.number == 1, "one for both"
+
+
+async def test_a_checkpoint_that_never_comes_is_no_success(
+    disk: ModelDisk, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings.allow("log stopped")
+    await disk.write(0, 10)
+    env, keeper = disk.vdi.disk.env, disk.vdi.keeper
+    await turns()
+    executor_of(env).hold(0, 1)
+    request = asyncio.create_task(disk.write(0, 1000))
+    await turns()
+    asked = asyncio.create_task(keeper.checkpoint())
+    await turns()
+    disk.vdi.disk.writer.fail(Unavailable("no zone is left"))
+    await turns()
+    with pytest.raises(Unavailable):
+        await asked
+    with pytest.raises(Unavailable):
+        await request
+    executor_of(env).release(0, 1)
+
+
 async def test_clients_go_on_while_a_checkpoint_is_written(disk: ModelDisk) -> None:
     """What they change meanwhile is not in it, and not lost."""
     await disk.write(0, 40)
