@@ -166,6 +166,14 @@ async def newest_checkpoint(
                 failed = error
                 env.zone_failing(z, error)
                 continue
+            if number < max(seen):
+                logger.error(
+                    "checkpoint %d can't be read from any zone: the one before it, %d, and what was written since serve"
+                    " log=%d",
+                    max(seen),
+                    number,
+                    log,
+                )
             if number > expected:
                 await _complete(env, log, number, z, seen[number], zones)
             return Found(loaded, sizes)
@@ -234,13 +242,23 @@ def read_pages(backend: Backend, store_id: bytes, log: int, wanted: list[tuple[i
     return pages
 
 
+class LostPages(Corrupt):
+    """No zone has these pages whole. found: the others that were asked for."""
+
+    def __init__(self, message: str, lost: list[tuple[int, PageRef]], found: list[tuple[int, PageRef, bytes]]) -> None:
+        super().__init__(message)
+        self.lost = lost
+        self.found = found
+
+
 async def load_pages(
     env: Env, log: int, wanted: list[tuple[int, PageRef]], zones_of: Callable[[int], Iterable[int]]
 ) -> Iterator[tuple[int, PageRef, bytes]]:
-    """The encoded regions behind `wanted`, each from the first zone that has it whole. Corrupt: no zone has.
+    """The encoded regions behind `wanted`, each from the first zone that has it whole. LostPages: no zone has.
     Unavailable: a zone that may have it failed, or is out of service. log, zones_of: whose map it is, and which zones
     have its own checkpoints."""
     found: list[tuple[int, PageRef, bytes]] = []
+    lost: list[tuple[int, PageRef]] = []
     by_checkpoint: dict[int, list[tuple[int, PageRef]]] = {}
     for region, ref in wanted:
         by_checkpoint.setdefault(ref.checkpoint, []).append((region, ref))
@@ -263,8 +281,12 @@ async def load_pages(
         if left and silent:
             names = ", ".join(repr(env.zones[z]) for z in silent)
             raise Unavailable(f"map pages of log {owner} are on zones that are out of reach: {names}")
-        if left:
-            raise Corrupt(f"map pages can't be read from any zone log={owner} checkpoint={number} region={left[0][0]}")
+        lost += left
+    if lost:
+        region, ref = lost[0]
+        owner, number = ref.checkpoint >> LOG_SHIFT or log, ref.checkpoint & NUMBER_MASK
+        text = f"map pages can't be read from any zone log={owner} checkpoint={number} region={region}"
+        raise LostPages(text, lost, found)
     return iter(found)
 
 

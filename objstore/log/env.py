@@ -131,6 +131,8 @@ class Env:
         self.maps = MapMemory(settings.map_memory_bytes)
         self.bad_copies = 0
         """Blocks and directories that a zone returned with a wrong checksum since the store was opened."""
+        self.rebuilt_pages = 0
+        """Map pages that no zone had whole and that the log gave again, since the store was opened."""
         self.on_bad_copy: Callable[[Segment, int], None] = lambda segment, zone: None
         """Told of every segment and zone whose copy turned out bad or missing while it was read."""
         self.crc_cache: deque[Segment] = deque()

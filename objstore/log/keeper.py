@@ -36,7 +36,8 @@ from objstore.log.checkpoint import CheckpointWriter, checkpoint_name, load_page
 from objstore.log.disk import Disk
 from objstore.log.holds import Holds, pages_of
 from objstore.log.parts import Owed, Uncounted, Written, make_table, state_of
-from objstore.log.regions import decode_region, tally
+from objstore.log.rebuild import rebuild_pages
+from objstore.log.regions import Region, decode_region, tally
 from objstore.log.root import Root, in_checkpoints, live_bytes, merged, without
 from objstore.log.segment import Segment
 from objstore.replica.zone import run
@@ -128,6 +129,7 @@ class Keeper:
         self._press_timer: asyncio.TimerHandle | None = None
         disk.owner = self
         disk.on_whole = self._resume
+        disk.rebuild = self.rebuild
 
     # -- memory -------------------------------------------------------------------------------------------------
 
@@ -538,6 +540,19 @@ class Keeper:
             if entry is not None:
                 disk.dead[segment.number] = (segment, entry[1] + 1)
         self.free()
+
+    async def rebuild(self, lost: list[tuple[int, PageRef]]) -> dict[int, Region]:
+        """See Disk.rebuild. What a checkpoint that ends meanwhile makes of it is judged by whoever asked: the map says
+        then something else than the lost page."""
+        return await rebuild_pages(
+            self.disk,
+            lost,
+            number=self.number,
+            position=self.position,
+            next_segment=self.next_segment,
+            previous_next_segment=self.previous_next_segment,
+            sizes=self.sizes,
+        )
 
     # -- freeing ------------------------------------------------------------------------------------------------
 

@@ -191,6 +191,13 @@ class RegionMap:
         self._clock.loaded(region)
         return True
 
+    def unload(self, region: int, ref: PageRef) -> None:
+        """Put a page back in the place of a region, and forget what was changed of it: nobody knows the rest of it."""
+        self._store(region, ref)
+        self.dirty.discard(region)
+        self._open.pop(region, None)
+        self._clock.evicted(region)
+
     def repoint(self, region: int, old: PageRef, new: PageRef) -> None:
         """The page of an evicted region has moved (a checkpoint took it over); nothing happens unless it is `old`."""
         if self.regions.get(region) == old:

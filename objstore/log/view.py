@@ -6,18 +6,18 @@ other logs, which are open as long as this is (`Env.segments`); so may the pages
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from objstore.errors import Corrupt, Unavailable
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX
 from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, RESERVED
 from objstore.log.blockmap import BlockMap, PageRef
-from objstore.log.checkpoint import load_pages
+from objstore.log.checkpoint import LostPages, load_pages
 from objstore.log.damage import Damage, merge_ranges
 from objstore.log.env import Env
 from objstore.log.mapmemory import MapOwner
 from objstore.log.reader import read_run, read_run_now, zero_fill
-from objstore.log.regions import decode_region
+from objstore.log.regions import Region, decode_region
 from objstore.log.segment import Segment
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
 
@@ -37,6 +37,8 @@ class MappedView:
         self.map = blockmap
         self.damage = Damage()
         self.checkpoint_zones: Callable[[int], tuple[int, ...]] = lambda number: tuple(range(len(env.zones)))
+        self.rebuild: Callable[[list[tuple[int, PageRef]]], Awaitable[dict[int, Region]]] = _no_pages
+        """What regions whose pages are lost had in them, as far as that can be told (rebuild.py)."""
         self.owner: MapOwner | None = None
         """Whose map this is in the account of memory."""
 
@@ -55,14 +57,35 @@ class MappedView:
             self.evict()
         try:
             pages = await load_pages(self.env, self.log, wanted, self.checkpoint_zones)
-        except (Corrupt, Unavailable):
+        except (Corrupt, Unavailable) as error:
             # A checkpoint may have taken these pages over meanwhile, and the one that held them is gone: the caller
             # looks again and finds them there.
-            if all(self.map.regions.get(region) == ref for region, ref in wanted):
+            if not all(self.map.regions.get(region) == ref for region, ref in wanted):
+                return
+            if not isinstance(error, LostPages):
                 raise
+            await self._rebuild(error)
             return
         for region, ref, page in pages:
             self.map.load(region, ref, decode_region(page))
+
+    async def _rebuild(self, error: LostPages) -> None:
+        """Pages are whole in no zone: see what the log makes of them, for the next checkpoint to have. LostPages."""
+        for region, ref, page in error.found:
+            self.map.load(region, ref, decode_region(page))
+        rebuilt = await self.rebuild(error.lost)
+        lost = False
+        for region, ref in error.lost:
+            value = rebuilt.get(region)
+            if value is not None:
+                if self.map.load(region, ref, value):
+                    self.map.write_anew(region)
+                    self.env.rebuilt_pages += 1
+            elif self.map.regions.get(region) == ref:
+                self.damage.pages[region] = ref
+                lost = True
+        if lost:
+            raise error
 
     def evict(self) -> None:
         """Bring the maps back below their memory limit, if clean regions can go."""
@@ -190,6 +213,10 @@ class MappedView:
             await self.load(self.map.missing(lba, 1))
             if not self.map.missing(lba, 1):
                 return self.map.extents(lba, count, extents_max)
+
+
+async def _no_pages(lost: list[tuple[int, PageRef]]) -> dict[int, Region]:
+    return {}
 
 
 def stretch(segment: Segment, block: int, count: int) -> tuple[int, bool]:

@@ -1,5 +1,7 @@
 """Opening a VDI: checkpoint, tail, replay, the copy of what was not sealed; until its head record commits, nothing."""
 
+from __future__ import annotations
+
 import logging
 from array import array
 from collections.abc import Sequence
@@ -9,14 +11,14 @@ from objstore.backend.base import Backend
 from objstore.errors import StoreError
 from objstore.format.catalog import HeadEntry, TailRow, VdiEntry
 from objstore.format.checkpoint import DEAD, KEPT, LIVE, CheckpointHeader
-from objstore.log.address import SEGMENT_BITS
+from objstore.log.address import BLOCK_BITS, LOG_BITS, SEGMENT_BITS
 from objstore.log.blockmap import BlockMap, PageRef
 from objstore.log.checkpoint import (
     CheckpointZones,
     Loaded,
     checkpoint_folder,
+    LostPages,
     find_checkpoint,
-    load_pages,
     newest_checkpoint,
 )
 from objstore.log.disk import Disk
@@ -25,7 +27,7 @@ from objstore.log.holds import live_numbers, pages_of
 from objstore.log.keeper import FREES_CHECKED, Keeper
 from objstore.log.opening import Base, Head, Row, Tail, believe, copy_rest, list_folder, read_tail
 from objstore.log.parts import Owed, Uncounted, state_of
-from objstore.log.regions import decode_region, tally
+from objstore.log.regions import Region, expand, tally, view
 from objstore.log.replay import Replay
 from objstore.log.root import Root
 from objstore.log.segment import Segment, segment_name
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 SEGMENTS_PER_RUN = 16
 """Consecutive segments share their zones, so that a flush seldom waits for more than one set of them."""
 RUNS_CACHED = 64
+UNKNOWN_REGION = ((1 << LOG_BITS + SEGMENT_BITS) - 1) << BLOCK_BITS | 1
+"""One run of entries in the last segment of the last log there can be."""
 NO_HEAD = Head(0, (), 0, 0, True)
 CHECKPOINT_STRIDE = 1 << 10
 CHECKPOINT_STRIDE_FORCED = 1 << 20
@@ -295,11 +299,19 @@ async def _replay(keeper: Keeper, tail: Tail, owed: FrozenAt | None) -> None:
     rest = tail.rest
 
     async def load(wanted: list[tuple[int, PageRef]]) -> None:
-        if wanted:
-            for region, ref, page in await load_pages(env, disk.log, wanted, disk.checkpoint_zones):
-                value = decode_region(page)
-                tally(value, 0, REGION_BLOCKS, before)
-                disk.map.load(region, ref, value)
+        if not wanted:
+            return
+        try:
+            await disk.load(wanted, evict=False)
+        except LostPages as error:
+            # Only what is in these regions is lost. They get entries that no block has, to see whether the rest of the
+            # log replaces all of them.
+            for region, ref in error.lost:
+                if disk.map.load(region, ref, UNKNOWN_REGION):
+                    lost[region] = ref
+        for region, _ in wanted:
+            if region not in lost:
+                tally(_region(disk, region), 0, REGION_BLOCKS, before)
 
     async def copy(records: list[SurvivingRecord]) -> int:
         """The number of the first segment behind the copies."""
@@ -315,6 +327,7 @@ async def _replay(keeper: Keeper, tail: Tail, owed: FrozenAt | None) -> None:
     for directory, _, _ in tail.sealed:
         if owed is not None and directory.last_position > owed.position:
             await replay.finish()
+            _give_up(disk, lost)
             _freeze(keeper, owed, next_segment, position, previous_crc, before)
             owed = None
         await replay.add(directory)
@@ -326,11 +339,13 @@ async def _replay(keeper: Keeper, tail: Tail, owed: FrozenAt | None) -> None:
             next_segment = await copy(rest[:until])
             position, previous_crc = disk.writer.position, disk.writer.previous_crc
         await replay.finish()
+        _give_up(disk, lost)
         _freeze(keeper, owed, next_segment, position, previous_crc, before)
         rest = rest[until:]
     if rest:
         await copy(rest)
     await replay.finish()
+    _give_up(disk, lost)
     # Dropped regions that were in memory: what was loaded is in `before`, what the replay made was never counted.
     disk.map.dropped.clear()
     for key, count in before.items():
@@ -343,6 +358,28 @@ async def _replay(keeper: Keeper, tail: Tail, owed: FrozenAt | None) -> None:
             env.segments[key].live += count
     disk.live_total = sum(segment.live for segment in disk.segments.values())
     disk.held_live = sum(segment.live for segment in disk.segments.values() if segment.held)
+
+
+def _give_up(disk: Disk, lost: dict[int, PageRef]) -> None:
+    """Regions whose pages are lost and that the log so far has not replaced as a whole: nobody knows what is in them,
+    and nobody may be told what is in a part of them."""
+    for region, ref in lost.items():
+        if _has_unknown(_region(disk, region)):
+            disk.map.unload(region, ref)
+            logger.error("a map page is lost, its blocks can't be read or written log=%d region=%d", disk.log, region)
+        else:
+            disk.damage.pages.pop(region, None)
+    lost.clear()
+
+
+def _region(disk: Disk, region: int) -> Region | None:
+    value = disk.map.regions.get(region)
+    assert not isinstance(value, PageRef)
+    return value
+
+
+def _has_unknown(value: Region | None) -> bool:
+    return value is not None and bool((view(expand(value)) >= UNKNOWN_REGION).any())
 
 
 def _freeze(

@@ -40,8 +40,11 @@ async def test_contents_survive_every_restart(disk: ModelDisk, clean: bool) -> N
 
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("where", ["header", "footer", "table", "missing"])
-async def test_the_checkpoint_before_serves_when_the_newest_is_lost(disk: ModelDisk, where: str, clean: bool) -> None:
+async def test_the_checkpoint_before_serves_when_the_newest_is_lost(
+    disk: ModelDisk, where: str, clean: bool, expected_warnings: ExpectedWarnings
+) -> None:
     """Segments that died between the two must still be there; and the fallback can be lost and found again."""
+    expected_warnings.allow("the one before it, [0-9]+, and what was written since serve")
     for turn in range(3):
         await disk.churn(250)
         await disk.vdi.keeper.checkpoint()
@@ -85,8 +88,11 @@ async def test_no_older_checkpoint_than_the_one_before_is_believed(disk: ModelDi
         await disk.open()
 
 
-async def test_a_gap_in_the_numbers_of_checkpoints_does_not_hide_the_one_before(disk: ModelDisk) -> None:
+async def test_a_gap_in_the_numbers_of_checkpoints_does_not_hide_the_one_before(
+    disk: ModelDisk, expected_warnings: ExpectedWarnings
+) -> None:
     """A checkpoint was given up for want of space: the one before the newest has not the number before."""
+    expected_warnings.allow("the one before it, [0-9]+, and what was written since serve")
     await disk.churn(100)
     await disk.vdi.keeper.checkpoint()
     number = disk.vdi.keeper.number
