@@ -16,8 +16,8 @@ from objstore.log.blockmap import BlockMap, PageRef
 from objstore.log.checkpoint import (
     CheckpointZones,
     Loaded,
-    checkpoint_folder,
     LostPages,
+    checkpoint_folder,
     find_checkpoint,
     newest_checkpoint,
 )
@@ -297,6 +297,7 @@ async def _replay(keeper: Keeper, tail: Tail, owed: FrozenAt | None) -> None:
     env = disk.env
     before: dict[int, int] = {}
     rest = tail.rest
+    lost: dict[int, PageRef] = {}
 
     async def load(wanted: list[tuple[int, PageRef]]) -> None:
         if not wanted:

@@ -17,7 +17,7 @@ REGIONS = 6
 @pytest.fixture
 async def disk(expected_warnings: ExpectedWarnings) -> AsyncIterator[ModelDisk]:
     expected_warnings.allow(
-        "made again from what|a map page is lost|is not whole|can't be (collected|merged)|directory"
+        "made again from what|a map page is lost|is not whole|can't be (collected|merged)|live counters stay|directory"
     )
     world = World(2)
     await world.open(create=True)
