@@ -29,7 +29,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from objstore.backend.base import ZoneFailed
-from objstore.errors import Corrupt, FormatError, NoSpace, StoreError, Unavailable
+from objstore.errors import Corrupt, FormatError, NoSpace, Stopping, StoreError, Unavailable
 from objstore.format.checkpoint import DEAD, LIVE, CheckpointHeader
 from objstore.log.blockmap import Frozen, PageRef
 from objstore.log.checkpoint import CheckpointWriter, checkpoint_name, load_pages
@@ -274,7 +274,7 @@ class Keeper:
             if writer.error is not None:
                 raise writer.error
             if self._closed:
-                raise Unavailable(f"the log is being closed log={self.disk.log}")
+                raise Stopping(f"the log is being closed log={self.disk.log}")
             self._force()
             if self._task is None:
                 await self._whole()

@@ -7,7 +7,7 @@ import pytest
 
 from objstore.backend.base import ZoneFailed
 from objstore.backend.memory import MemoryWriter
-from objstore.errors import Corrupt, NoSpace, Unavailable
+from objstore.errors import Corrupt, NoSpace, Stopping, Unavailable
 from objstore.format.checkpoint import DEAD, LIVE
 from objstore.log.checkpoint import CheckpointWriter, CheckpointZones, read_checkpoint
 from objstore.log.keeper import REWRITE_BYTES_MAX
@@ -97,6 +97,13 @@ async def test_a_checkpoint_that_never_comes_is_no_success(
     with pytest.raises(Unavailable):
         await request
     executor_of(env).release(0, 1)
+
+
+async def test_no_checkpoint_begins_once_the_log_is_being_closed(disk: ModelDisk) -> None:
+    await disk.write(0, 10)
+    await disk.vdi.keeper.close()
+    with pytest.raises(Stopping):
+        await disk.vdi.keeper.checkpoint()
 
 
 async def test_clients_go_on_while_a_checkpoint_is_written(disk: ModelDisk) -> None:
