@@ -154,7 +154,7 @@ def open_admin(
         admin = _connect_or_open(zones, settings, read_only, force)
         while admin is None:
             if time.monotonic() > deadline:
-                raise Busy(f"zone {zones[0]} is in use by {_holder(zones)} which does not answer")
+                raise Busy(f"zone {zones[0]} is in use by {holder(zones)} which does not answer")
             time.sleep(POLL_SECONDS)
             admin = _connect_or_open(zones, settings, read_only, force)
     if isinstance(admin, ControlClient):
@@ -176,7 +176,7 @@ def _connect_or_open(
     zones: Sequence[Path], settings: StoreSettings, read_only: bool, force: bool
 ) -> ControlClient | OfflineAdmin | None:
     """None: the zones are locked, and their holder doesn't answer at the moment."""
-    note = _note(zones)
+    note = note_of(zones)
     if note is None:
         try:
             return OfflineAdmin(resolve_zones(zones), settings, read_only=read_only, force=force)
@@ -190,7 +190,7 @@ def _connect_or_open(
         return None
 
 
-def _note(zones: Sequence[Path]) -> LockNote | None:
+def note_of(zones: Sequence[Path]) -> LockNote | None:
     """The lock note of the first zone that can be read; the first zone's error if none can."""
     first_error: StoreError | None = None
     for zone in zones:
@@ -205,6 +205,6 @@ def _note(zones: Sequence[Path]) -> LockNote | None:
     raise first_error
 
 
-def _holder(zones: Sequence[Path]) -> str:
-    note = _note(zones)
+def holder(zones: Sequence[Path]) -> str:
+    note = note_of(zones)
     return "another process" if note is None else f"process {note.pid}"

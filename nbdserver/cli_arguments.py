@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
+from nbdserver.cli_library_arguments import add_attr
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
 from objstore.units import check_vdi_bytes, parse_size
@@ -149,6 +150,9 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     copies.add_argument("copies", metavar="N", type=_argument(_copies))
     _add_common(copies)
     _add_snapshot_commands(commands)
+    add_attr(
+        commands.add_parser("attr", help="small values that a VDI carries"), _add_common, _add_force, _argument(_name)
+    )
     for command, what, metavar, convert in (
         ("info", "show one VDI", "NAME", _name),
         ("delete", "delete a VDI, or a snapshot, and its data for good", "NAME[@TAG]", _any_name),

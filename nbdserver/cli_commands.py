@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nbdserver.cli_arguments import CONFIG_VARIABLE, Parser, build_parser
 from objstore.errors import InvalidRequest
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from nbdserver.cli_admin import Admin
     from nbdserver.config import Config
     from nbdserver.service import Ready
+
+
+LIBRARY_COMMANDS: Final = ("attr",)
+"""Those of `vdi` that cli_library.py has."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,6 +110,13 @@ def administer(arguments: argparse.Namespace) -> None:
     looking = arguments.command == "status" or getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots")
     settings = StoreSettings() if config is None else config.store
     force = getattr(arguments, "force_open", False)
+    if getattr(arguments, "vdi_command", "") in LIBRARY_COMMANDS:
+        from nbdserver.cli_library import COMMANDS as LIBRARY
+        from nbdserver.cli_library import open_library
+
+        with open_library(zones, settings, force=force) as store:
+            LIBRARY[arguments.vdi_command](store, arguments)
+        return
     with open_admin(zones, settings, read_only=looking, force=force) as admin:
         if arguments.command == "status":
             _status(admin, arguments)

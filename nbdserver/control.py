@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from nbdserver.control_data import Sessions
+from nbdserver.control_data import AttributeOperations, AttributesOfVdis, Sessions
 from nbdserver.operations import describe, operation, operations, route
 from objstore.access.api import (
     BODY_BYTES_MAX,
@@ -55,6 +55,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class ControlledStore(VolumeSource, Protocol):
     """What the control API needs of a store."""
 
+    @property
+    def attributes(self) -> AttributesOfVdis: ...
     async def status(self) -> StoreStatus: ...
     def vdis(self) -> list[VdiStatus]: ...
     def vdi(self, name: str) -> VdiStatus: ...
@@ -86,7 +88,8 @@ class ControlServer:
         self._server_status = server_status
         self._path: Path | None = None
         self._sessions = Sessions(store)
-        handlers = [*operations(self), *operations(self._sessions)]
+        attributes = AttributeOperations(store.attributes)
+        handlers = [*operations(self), *operations(attributes), *operations(self._sessions)]
         self.operations = [found for found, _ in handlers]
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_errors_as_json])
         app.add_routes([route(found, handler) for found, handler in handlers])

@@ -9,13 +9,23 @@ import secrets
 import select
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 from aiohttp import WSCloseCode, web
 
 from nbdserver.operations import BINARY, operation
-from objstore.access.api import DATA_BYTES_MAX, ExtentReply, Handle, OpenHandle, Range, Session, ZeroRange
+from objstore.access.api import (
+    BODY_BYTES_MAX,
+    DATA_BYTES_MAX,
+    AttributeReply,
+    ExtentReply,
+    Handle,
+    OpenHandle,
+    Range,
+    Session,
+    ZeroRange,
+)
 from objstore.access.local_vdi import LocalVdi
 from objstore.errors import Fenced, InvalidRequest
 from objstore.volume.base import VolumeSource
@@ -25,6 +35,45 @@ BODIES_MAX: Final = 32
 STALL_SECONDS: Final = 30.0
 """A client that moves no byte of a body for so long loses its connection: others wait for its place."""
 EXTENTS_MAX: Final = 1 << 12
+
+
+class AttributesOfVdis(Protocol):
+    """objstore.volume.attributes.Attributes."""
+
+    def names(self, name: str) -> dict[str, int]: ...
+    def get(self, name: str, key: str) -> bytes: ...
+    async def set(self, name: str, key: str, value: bytes, *, exclusive: bool = False) -> None: ...
+    async def delete(self, name: str, key: str) -> None: ...
+
+
+class AttributeOperations:
+    """The attributes of VDIs."""
+
+    def __init__(self, attributes: AttributesOfVdis) -> None:
+        self._attributes = attributes
+
+    @operation("GET", "/v1/vdis/{name}/attributes")
+    async def list_attributes(self, name: str) -> list[AttributeReply]:
+        """The attributes of a VDI, by name, with the lengths of their values."""
+        found = self._attributes.names(name)
+        return [AttributeReply(name=key, length_bytes=length) for key, length in found.items()]
+
+    @operation("GET", "/v1/vdis/{name}/attributes/{key}")
+    async def get_attribute(self, name: str, key: str) -> bytes:
+        """The value of an attribute."""
+        return self._attributes.get(name, key)
+
+    @operation("PUT", "/v1/vdis/{name}/attributes/{key}", binary_body=True)
+    async def set_attribute(self, request: web.Request, name: str, key: str, exclusive: bool = False) -> None:
+        """Set an attribute to the body, at most 64 KiB. exclusive: only if there is none of that name."""
+        async with _bounded(request):
+            value = await _received(request, BODY_BYTES_MAX)
+        await self._attributes.set(name, key, bytes(value), exclusive=exclusive)
+
+    @operation("DELETE", "/v1/vdis/{name}/attributes/{key}")
+    async def delete_attribute(self, name: str, key: str) -> None:
+        """Remove an attribute."""
+        await self._attributes.delete(name, key)
 
 
 class Sessions:
@@ -116,14 +165,9 @@ class Sessions:
         """Write the body, at most 1 MiB. writeback: false = durable when this is answered, true = acknowledged from
         memory where the VDI's mode allows it, left out = as the mode says."""
         vdi = self._vdi(handle)
-        length = request.content_length
-        if length is None or length > DATA_BYTES_MAX:
-            raise InvalidRequest(f"a body of {length} bytes: its length is needed, and at most {DATA_BYTES_MAX}")
         async with self._bodies:
-            data = bytearray()
             async with _bounded(request):
-                async for part in request.content.iter_any():
-                    data += part
+                data = await _received(request, DATA_BYTES_MAX)
             vdi.check_change(offset_bytes, len(data))
             await vdi.put(offset_bytes, memoryview(data), writeback, _alive(request, vdi))
 
@@ -151,6 +195,17 @@ class Sessions:
         """The state of a range from its start; may cover less than was asked for, at least one byte."""
         found = await self._vdi(handle).volume.extents(offset_bytes, length_bytes, extents_max=EXTENTS_MAX)
         return [ExtentReply(length_bytes=one.length_bytes, hole=one.hole, zero=one.zero) for one in found]
+
+
+async def _received(request: web.Request, bytes_max: int) -> bytearray:
+    """The body. InvalidRequest: it is too long, or doesn't say how long it is."""
+    length = request.content_length
+    if length is None or length > bytes_max:
+        raise InvalidRequest(f"a body of {length} bytes: its length is needed, and at most {bytes_max} are possible")
+    data = bytearray()
+    async for part in request.content.iter_any():
+        data += part
+    return data
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from typing import Final
 from objstore.errors import InvalidRequest
 
 NAME_BYTES_MAX: Final = 200
+ATTRIBUTE_BYTES_MAX: Final = 256
 
 _NUMBERED: Final = re.compile(r"/([0-9a-f]{8})\Z")
 _RESERVED: Final = "/@:"
@@ -39,6 +40,17 @@ def check_tag(tag: str) -> None:
         check_name(tag, "tag")
     if tag.isdigit():
         raise InvalidRequest(f"tag {_quoted(tag)} is a number, which would be taken for an index")
+
+
+def check_attribute(name: str) -> None:
+    """InvalidRequest, naming the offender, unless an attribute can have this name: 1-256 bytes of UTF-8 without control
+    characters."""
+    length_bytes = len(name.encode(errors="surrogatepass"))
+    if not 1 <= length_bytes <= ATTRIBUTE_BYTES_MAX:
+        raise InvalidRequest(f"attribute name {_quoted(name)} has {length_bytes} bytes of UTF-8, not 1 to 256")
+    for character in name:
+        if unicodedata.category(character) in _NEVER:
+            raise InvalidRequest(f"attribute name {_quoted(name)} contains {character!a}, which no name may")
 
 
 def check_path(path: str, what: str) -> None:

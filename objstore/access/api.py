@@ -134,6 +134,13 @@ class ExtentReply(Struct, frozen=True, kw_only=True):
     zero: bool
 
 
+class AttributeReply(Struct, frozen=True, kw_only=True):
+    """An attribute of a VDI; its value is asked for by itself."""
+
+    name: str
+    length_bytes: int
+
+
 class ErrorReply(Struct, frozen=True):
     """error: name of a class of objstore.errors, or of an HTTP condition; message: one line for people; bad: the
     damaged ranges (offset and length in bytes) of Corrupt."""

@@ -196,6 +196,22 @@ class BlockingConnection:
         """See Connection."""
         return self._runner.run(self._connection.damage(name))
 
+    def attributes(self, name: str) -> Iterator[str]:
+        """See Connection."""
+        return self._runner.each(self._connection.attributes(name))
+
+    def get_attribute(self, name: str, key: str) -> bytes:
+        """See Connection."""
+        return self._runner.run(self._connection.get_attribute(name, key))
+
+    def set_attribute(self, name: str, key: str, value: bytes, *, exclusive: bool = False) -> None:
+        """See Connection."""
+        self._runner.run(self._connection.set_attribute(name, key, value, exclusive=exclusive))
+
+    def delete_attribute(self, name: str, key: str) -> None:
+        """See Connection."""
+        self._runner.run(self._connection.delete_attribute(name, key))
+
     def status(self) -> StoreStatus:
         """See Connection."""
         return self._runner.run(self._connection.status())

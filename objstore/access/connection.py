@@ -55,6 +55,25 @@ class Connection(ABC):
     async def damage(self, name: str) -> VdiDamage:
         """The parts of a VDI that no zone has whole, as far as is known."""
 
+    # -- attributes of a VDI -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def attributes(self, name: str) -> AsyncIterator[str]:
+        """The names of a VDI's attributes, sorted."""
+
+    @abstractmethod
+    async def get_attribute(self, name: str, key: str) -> bytes:
+        """An attribute's value. NotFound: there is none."""
+
+    @abstractmethod
+    async def set_attribute(self, name: str, key: str, value: bytes, *, exclusive: bool = False) -> None:
+        """Set an attribute, in the place of what was there; durable on return. value: at most 64 KiB, any bytes.
+        exclusive: Exists if there is one; of several that try at once exactly one succeeds."""
+
+    @abstractmethod
+    async def delete_attribute(self, name: str, key: str) -> None:
+        """Remove an attribute; durable on return. NotFound: there is none."""
+
     # -- the store ----------------------------------------------------------------------------------------------
 
     @abstractmethod

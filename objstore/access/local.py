@@ -54,6 +54,23 @@ class LocalConnection(Connection):
         """See Connection."""
         return await self.store.damage(name)
 
+    async def attributes(self, name: str) -> AsyncIterator[str]:
+        """See Connection."""
+        for key in self.store.attributes.names(name):
+            yield key
+
+    async def get_attribute(self, name: str, key: str) -> bytes:
+        """See Connection."""
+        return self.store.attributes.get(name, key)
+
+    async def set_attribute(self, name: str, key: str, value: bytes, *, exclusive: bool = False) -> None:
+        """See Connection."""
+        await self.store.attributes.set(name, key, value, exclusive=exclusive)
+
+    async def delete_attribute(self, name: str, key: str) -> None:
+        """See Connection."""
+        await self.store.attributes.delete(name, key)
+
     async def status(self) -> StoreStatus:
         """See Connection."""
         return await self.store.status()

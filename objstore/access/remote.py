@@ -8,9 +8,11 @@ from urllib.parse import quote
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from objstore.access.api import (
     DATA_BYTES_MAX,
+    AttributeReply,
     Copies,
     CreateVdi,
     ErrorReply,
@@ -28,6 +30,7 @@ from objstore.access.api import (
 from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
 from objstore.errors import Stopping, StoreError, Unavailable
+from objstore.names import check_attribute
 from objstore.volume.base import Extent
 from objstore.volume.settings import MODES
 from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
@@ -80,6 +83,10 @@ class ControlHttp:
         data = body if body is None or isinstance(body, memoryview) else msgspec.json.encode(body)
         await self._request(method, path, data, query or {}, None)
 
+    async def get(self, path: str) -> bytes:
+        """The bytes of an answer."""
+        return await self._request("GET", path, None, {}, None)
+
     async def fetch(self, path: str, query: Mapping[str, int | str], into: memoryview) -> None:
         """Fill a buffer with the bytes of an answer."""
         await self._request("GET", path, None, query, into)
@@ -88,7 +95,8 @@ class ControlHttp:
         self, method: str, path: str, data: Any, query: Mapping[str, int | str], into: memoryview | None
     ) -> bytes:
         try:
-            async with self._http.request(method, path, data=data, params=query) as response:
+            url = URL(path, encoded=True)
+            async with self._http.request(method, url, data=data, params=query) as response:
                 if response.status >= 300 or into is None:
                     reply = await response.read()
                 else:
@@ -210,6 +218,24 @@ class RemoteConnection(Connection):
         """See Connection."""
         return await self.http.ask("GET", f"{_path(name)}/damage", VdiDamage)
 
+    async def attributes(self, name: str) -> AsyncIterator[str]:
+        """See Connection."""
+        for found in await self.http.ask("GET", f"{_path(name)}/attributes", list[AttributeReply]):
+            yield found.name
+
+    async def get_attribute(self, name: str, key: str) -> bytes:
+        """See Connection."""
+        return await self.http.get(_attribute_path(name, key))
+
+    async def set_attribute(self, name: str, key: str, value: bytes, *, exclusive: bool = False) -> None:
+        """See Connection."""
+        query = {"exclusive": "true" if exclusive else "false"}
+        await self.http.tell("PUT", _attribute_path(name, key), memoryview(value), query)
+
+    async def delete_attribute(self, name: str, key: str) -> None:
+        """See Connection."""
+        await self.http.tell("DELETE", _attribute_path(name, key))
+
     async def status(self) -> StoreStatus:
         """See Connection."""
         return (await self.http.ask("GET", "/v1/status", Status)).store
@@ -263,6 +289,11 @@ async def connect_server(socket: Path | str) -> RemoteConnection:
 
 def _path(name: str) -> str:
     return "/v1/vdis/" + quote(name, safe="")
+
+
+def _attribute_path(name: str, key: str) -> str:
+    check_attribute(key)
+    return f"{_path(name)}/attributes/{quote(key, safe='')}"
 
 
 def _absolute(path: str) -> str:

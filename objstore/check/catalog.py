@@ -70,6 +70,8 @@ class Catalog:
     heads: dict[int, Head] = field(default_factory=dict)
     garbage: set[int] = field(default_factory=set)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    attributes: dict[tuple[int, str], bytes] = field(default_factory=dict)
+    """By VDI and name."""
     clean: bool = False
 
     def apply(self, entry: Mapping[str, Any]) -> None:
@@ -85,6 +87,7 @@ class Catalog:
                 raise Damaged(f"the catalog deletes VDI {fields['vdi_id']}, which does not exist")
             self.heads.pop(vdi.log, None)
             self.garbage.add(vdi.log)
+            self._drop_attributes(fields["vdi_id"])
         elif kind == "head":
             self._add_head(fields)
         elif kind == "purged":
@@ -95,6 +98,8 @@ class Catalog:
             number = member(fields, "snapshot_id", int)
             if self.snapshots.pop(number, None) is None:
                 raise Damaged(f"the catalog deletes snapshot {number}, which does not exist")
+        elif kind == "attribute":
+            self._set_attribute(fields)
         elif kind != "stop":
             raise Damaged(f"the catalog has an entry of unknown type {kind!r}")
 
@@ -107,6 +112,21 @@ class Catalog:
         name, hidden = member(fields, "name", str), bool(fields.get("hidden", False))
         self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden)
         self.next_log = max(self.next_log, log + 1)
+        if hidden:
+            self._drop_attributes(fields["vdi_id"])
+
+    def _set_attribute(self, fields: dict[str, Any]) -> None:
+        number, name = member(fields, "vdi_id", int), member(fields, "name", str)
+        value = fields.get("value", b"")
+        if not 1 <= len(name.encode()) <= 256 or not isinstance(value, bytes | None) or len(value or b"") > 1 << 16:
+            raise Damaged(f"the catalog describes an attribute as {fields!r:.200}")
+        if value is None:
+            self.attributes.pop((number, name), None)
+        elif number in self.vdis and not self.vdis[number].hidden:
+            self.attributes[number, name] = value
+
+    def _drop_attributes(self, number: int) -> None:
+        self.attributes = {key: value for key, value in self.attributes.items() if key[0] != number}
 
     def _add_snapshot(self, fields: dict[str, Any]) -> None:
         log, checkpoint = member(fields, "log", int), member(fields, "checkpoint", int)
@@ -171,7 +191,7 @@ def snapshot(data: bytes, store: bytes, number: int) -> Catalog:
             if not isinstance(entry, dict):
                 raise Damaged(f"the snapshot has {entry!r} in {name}")
             found.apply(entry)
-    for entry in fields.get("snapshots", []):
+    for entry in [*fields.get("snapshots", []), *fields.get("attributes", [])]:
         if not isinstance(entry, dict):
             raise Damaged(f"the snapshot has {entry!r} in snapshots")
         found.apply(entry)

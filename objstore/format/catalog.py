@@ -90,13 +90,23 @@ class SnapshotDeleteEntry(msgspec.Struct, frozen=True, tag="snapshot-delete", kw
     snapshot_id: int
 
 
+class AttributeEntry(msgspec.Struct, frozen=True, tag="attribute", kw_only=True):
+    """An attribute of a VDI has this value; None: it is gone."""
+
+    vdi_id: int
+    name: str
+    value: bytes | None
+
+
 class StopEntry(msgspec.Struct, frozen=True, tag="stop", kw_only=True):
     """The store was closed cleanly."""
 
     wall: float
 
 
-Entry: TypeAlias = VdiEntry | DeleteEntry | HeadEntry | PurgedEntry | SnapshotEntry | SnapshotDeleteEntry | StopEntry
+Entry: TypeAlias = (
+    VdiEntry | DeleteEntry | HeadEntry | PurgedEntry | SnapshotEntry | SnapshotDeleteEntry | AttributeEntry | StopEntry
+)
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -110,6 +120,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     clean: bool
     snapshots: list[SnapshotEntry] = []
     next_snapshot: int = 1
+    attributes: list[AttributeEntry] = []
 
 
 _ENTRY = msgspec.msgpack.Decoder(Entry)

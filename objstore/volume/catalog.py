@@ -11,6 +11,7 @@ from typing import Final
 from objstore.backend.base import ZoneFailed
 from objstore.errors import Corrupt, FormatError, NoSpace, NotFound, StoreError, Unavailable
 from objstore.format.catalog import (
+    AttributeEntry,
     DeleteEntry,
     Entry,
     HeadEntry,
@@ -58,7 +59,7 @@ class CatalogState:
     """The catalog's contents: a pure function of its entries.
 
     names: of the VDIs that were not deleted; vdis has the hidden ones too. owners: log -> the VDI whose log it is.
-    snapshots: by their ids.
+    snapshots: by their ids. attributes: by VDI and name.
     """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
@@ -71,6 +72,9 @@ class CatalogState:
         self.next_snapshot = snapshot.next_snapshot if snapshot else 1
         for entry in snapshot.snapshots if snapshot else ():
             self.snapshots[entry.snapshot_id] = entry
+        self.attributes: dict[int, dict[str, bytes]] = {}
+        for attribute in snapshot.attributes if snapshot else ():
+            self._set_attribute(attribute)
         self.heads: dict[int, HeadEntry] = {head.log: head for head in snapshot.heads} if snapshot else {}
         self.garbage: set[int] = set(snapshot.garbage) if snapshot else set()
         self.clean = snapshot.clean if snapshot else True
@@ -84,12 +88,15 @@ class CatalogState:
             self.owners[entry.log] = entry.vdi_id
             if not entry.hidden:
                 self.names[entry.name] = entry.vdi_id
+            else:
+                self.attributes.pop(entry.vdi_id, None)
             self.next_log = max(self.next_log, entry.log + 1)
             self.next_vdi = max(self.next_vdi, entry.vdi_id + 1)
         elif isinstance(entry, DeleteEntry):
             self._forget_name(entry.vdi_id)
             gone = self.vdis.pop(entry.vdi_id)
             del self.owners[gone.log]
+            self.attributes.pop(entry.vdi_id, None)
             self.heads.pop(gone.log, None)
             self.garbage.add(gone.log)
         elif isinstance(entry, HeadEntry):
@@ -101,6 +108,19 @@ class CatalogState:
             self.next_snapshot = max(self.next_snapshot, entry.snapshot_id + 1)
         elif isinstance(entry, SnapshotDeleteEntry):
             del self.snapshots[entry.snapshot_id]
+
+        elif isinstance(entry, AttributeEntry):
+            self._set_attribute(entry)
+
+    def _set_attribute(self, entry: AttributeEntry) -> None:
+        """Of a VDI that was deleted meanwhile: nothing (FORMAT.md, "Catalog")."""
+        if entry.vdi_id not in self.vdis or self.vdis[entry.vdi_id].hidden:
+            return
+        attributes = self.attributes.setdefault(entry.vdi_id, {})
+        if entry.value is None:
+            attributes.pop(entry.name, None)
+        else:
+            attributes[entry.name] = entry.value
 
     def _forget_name(self, vdi_id: int) -> None:
         old = self.vdis.get(vdi_id)
@@ -144,6 +164,11 @@ class CatalogState:
             clean=self.clean,
             snapshots=list(self.snapshots.values()),
             next_snapshot=self.next_snapshot,
+            attributes=[
+                AttributeEntry(vdi_id=vdi_id, name=name, value=value)
+                for vdi_id, attributes in self.attributes.items()
+                for name, value in attributes.items()
+            ],
         )
 
 

@@ -25,6 +25,7 @@ from objstore.names import check_name
 from objstore.replica.members import absolute
 from objstore.replica.zone import Executor, ThreadExecutor, run, run_long
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
+from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
 from objstore.volume.directories import make_directories, other_zones
 from objstore.volume.opening import min_copies, purge_log
@@ -55,6 +56,7 @@ class Store(SnapshotOperations):
         self._purging: set[asyncio.Task[None]] = set()
         self.scrub = Scrub(self)
         self.recovery = Recovery(self)
+        self.attributes = Attributes(self.catalog, self._entry)
         self.zones = Zones(self, self.places, lock_note, reopen)
 
     @property

@@ -24,6 +24,25 @@ CAPACITY_BYTES = TIB
 """A preallocation of more than this meets NoSpace."""
 
 
+class FakeAttributes:
+    """Attributes of VDIs, whether these exist or not."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], bytes] = {}
+
+    def names(self, name: str) -> dict[str, int]:
+        return {key: len(value) for (vdi, key), value in self._values.items() if vdi == name}
+
+    def get(self, name: str, key: str) -> bytes:
+        return self._values[name, key]
+
+    async def set(self, name: str, key: str, value: bytes, *, exclusive: bool = False) -> None:
+        self._values[name, key] = value
+
+    async def delete(self, name: str, key: str) -> None:
+        del self._values[name, key]
+
+
 class FakeStore:
     """attached: names that `delete_vdi` finds in use. scrubs: how often one was asked for."""
 
@@ -32,6 +51,7 @@ class FakeStore:
         self._snapshots: dict[str, SnapshotStatus] = {}
         self.attached: set[str] = set()
         self.scrubs = 0
+        self.attributes = FakeAttributes()
         self.rate = 0
         self.changes: list[tuple[str, str, str | None, float | None, bool]] = []
 

@@ -35,6 +35,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "set_copies": {"name": "disk", "body": {"copies": 1}},
     "set_recovery_rate": {"body": {"bytes_per_second_max": MIB}},
     "change_zones": {"body": {"action": "set-weight", "zone": "0", "weight": 2.0}},
+    "list_attributes": {"name": "disk"},
+    "get_attribute": {"name": "disk", "key": "kept"},
+    "set_attribute": {"name": "disk", "key": "new/%2F", "exclusive": "true", "body": b"\0value"},
+    "delete_attribute": {"name": "disk", "key": "kept"},
     "open_handle": {"name": "disk", "body": {"session": SESSION}},
     "read_data": {"handle": HANDLE, "offset_bytes": 1, "length_bytes": 5000},
     "write_data": {"handle": HANDLE, "offset_bytes": 1, "writeback": "false", "body": b"data"},
@@ -51,6 +55,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     store = await open_store([tmp_path / "a", tmp_path / "b"], create=True)
     await store.create_vdi("disk", 4 * MIB)
+    await store.attributes.set("disk", "kept", b"value")
     await store.create_snapshot("disk", "old")
     yield store
     await store.shutdown()
@@ -183,7 +188,9 @@ async def test_each_operation_is_called_as_described(control: Path) -> None:
     assert len(names) == len(set(names))
     assert set(EXAMPLES) <= set(names), "an example of an operation that does not exist"
     names.remove("open_session")
-    names.sort(key=lambda name: (name.startswith("delete_"), name == "close_handle"))  # last: others need them
+    names.sort(
+        key=lambda name: (name == "delete_vdi", name.startswith("delete_"), name == "close_handle")
+    )  # last: others need them
     async with begun_session(control, api) as session:
         opened = await call(control, api, "open_handle", named(EXAMPLES["open_handle"], {SESSION: session}))
         known = {SESSION: session, HANDLE: opened["handle"]}

@@ -1,0 +1,78 @@
+"""The commands that work on what VDIs hold, through the library: attached (through the server) and offline alike."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
+from nbdserver.cli_output import print_json
+from nbdserver.cli_progress import progress
+from nbdserver.control_client import ControlClient, NoServer
+from objstore.access import blocking
+from objstore.errors import Busy
+from objstore.volume.settings import StoreSettings
+
+
+@contextmanager
+def open_library(
+    zones: Sequence[Path], settings: StoreSettings, *, force: bool = False
+) -> Iterator[blocking.BlockingConnection]:
+    """The store that has one of `zones`, as open_admin finds it."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    with progress("waiting for the store"):
+        while (connection := _connect_or_open(zones, settings, force)) is None:
+            if time.monotonic() > deadline:
+                raise Busy(f"zone {zones[0]} is in use by {holder(zones)} which does not answer")
+            time.sleep(POLL_SECONDS)
+    with connection:
+        yield connection
+
+
+def _connect_or_open(zones: Sequence[Path], settings: StoreSettings, force: bool) -> blocking.BlockingConnection | None:
+    """None: the zones are locked, and their holder doesn't answer at the moment."""
+    note = note_of(zones)
+    if note is None:
+        try:
+            return blocking.connect(resolve_zones(zones), settings=settings, force=force)
+        except Busy:
+            return None
+    if not note.control:
+        return None
+    try:
+        ControlClient(note.control).close()
+    except NoServer:
+        return None
+    return blocking.connect(socket=note.control)
+
+
+def attr(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> None:
+    """`vdi attr`: values come from the command line or stdin, and go to stdout as they are."""
+    name, key = arguments.name, getattr(arguments, "key", "")
+    if arguments.attr_command == "list":
+        keys = list(store.attributes(name))
+        if arguments.json:
+            print_json(keys)
+        else:
+            print(*keys, sep="\n", end="\n" if keys else "")
+    elif arguments.attr_command == "get":
+        value = store.get_attribute(name, key)
+        if arguments.json:
+            print_json({"name": key, "value_base64": value})
+        else:
+            sys.stdout.buffer.write(value)
+    elif arguments.attr_command == "set":
+        value = sys.stdin.buffer.read() if arguments.value is None else arguments.value.encode()
+        store.set_attribute(name, key, value, exclusive=arguments.exclusive)
+        if arguments.json:
+            print_json({"name": key, "length_bytes": len(value)})
+    else:
+        store.delete_attribute(name, key)
+        if arguments.json:
+            print_json({"deleted": key})
+
+
+COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namespace], None]]] = {"attr": attr}
