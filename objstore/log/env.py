@@ -81,8 +81,9 @@ class Log(Protocol):
         """Since when the zone has owed this log something that is wanted durable."""
         ...
 
-    def can_lose(self, zone: int) -> bool:
-        """Whether enough copies of everything, and zones for what comes, would stay without that zone."""
+    def can_lose(self, zone: int, gone: frozenset[int]) -> bool:
+        """Whether enough copies of everything, and zones for what comes, would stay without that zone, where those in
+        `gone`, itself included, are or will be put out."""
         ...
 
 
@@ -146,8 +147,8 @@ class Env:
         """Why zones that fail can't be put out, once that is final."""
         self._putting_out: asyncio.Task[None] | None = None
         self._suggested: dict[int, StoreError] = {}
-        """The zone that is being put out because it lags, and why."""
-        self._suggesting: asyncio.Task[None] | None = None
+        """The zones that are being put out because they lag, and why."""
+        self._suggesting: set[asyncio.Task[None]] = set()
         self._suggest_again: asyncio.TimerHandle | None = None
         """Runs after a refusal, until the next attempt."""
         self._news = asyncio.Event()
@@ -183,7 +184,7 @@ class Env:
         if self.watch is not None:
             self.watch.close()
         self._membership = None
-        for task in (self._putting_out, self._suggesting):
+        for task in (self._putting_out, *self._suggesting):
             if task is not None:
                 task.cancel()
         if self._suggest_again is not None:
@@ -222,13 +223,16 @@ class Env:
         if where.read_errors >= READ_ERRORS_MAX and self._expendable(zone):
             self.zone_lagging(zone, error)
 
-    def zone_lagging(self, zone: int, error: StoreError) -> None:
+    def zone_lagging(self, zone: int, error: StoreError) -> bool:
         """As zone_failing, for a zone that is only bad to have: where it can't be put out it stays, and nobody gives
-        up because of it."""
-        if self._membership is None or self._suggested or self._suggest_again is not None:
-            return
+        up because of it. False: that was asked for before, or not long ago."""
+        if self._membership is None or self._suggest_again is not None or zone in self._going:
+            return False
         self._suggested[zone] = error
-        self._suggesting = self.loop.create_task(self._suggest(zone, error))
+        task = self.loop.create_task(self._suggest(zone, error))
+        self._suggesting.add(task)
+        task.add_done_callback(self._suggesting.discard)
+        return True
 
     async def _suggest(self, zone: int, error: StoreError) -> None:
         assert self._membership is not None
@@ -236,9 +240,10 @@ class Env:
             await self._membership.exclude([zone], str(error))
         except StoreError as refused:
             log.warning("%r is not put out although it should: %s: %s", self.zones[zone], error, refused)
-            self._suggest_again = self.loop.call_later(SUGGEST_SECONDS, self._may_suggest)
+            if self._suggest_again is None:
+                self._suggest_again = self.loop.call_later(SUGGEST_SECONDS, self._may_suggest)
         finally:
-            self._suggested.clear()
+            del self._suggested[zone]
 
     def _may_suggest(self) -> None:
         self._suggest_again = None
@@ -341,8 +346,15 @@ class Env:
         owing = [since for each in self.logs if (since := each.owed_since(zone, now)) is not None]
         return min(owing, default=None)
 
+    @property
+    def _going(self) -> frozenset[int]:
+        """Zones that are being put out. The record of that waits for all others: for one of them that hangs too, until
+        it is to go as well."""
+        return frozenset((*self.failing, *self._suggested))
+
     def _expendable(self, zone: int) -> bool:
-        return not self.failing and all(each.can_lose(zone) for each in self.logs)
+        gone = self._going | {zone}
+        return all(each.can_lose(zone, gone) for each in self.logs)
 
     # -- dirty data ---------------------------------------------------------------------------------------------
 

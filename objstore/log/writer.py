@@ -982,12 +982,12 @@ class LogWriter:
             return None
         return next((since for position, since in asked if position >= oldest.last_position), None)
 
-    def can_lose(self, zone: int) -> bool:
+    def can_lose(self, zone: int, gone: frozenset[int]) -> bool:
         """Whether `min_copies` of everything not yet sealed, and zones for what comes, would stay (env.Log)."""
         for segment in self.unsealed.values():
-            if zone in segment.zones and len(segment.zones) <= self.min_copies:
+            if zone in segment.zones and sum(z not in gone for z in segment.zones) < self.min_copies:
                 return False
-        return min(self.copies, len(self.env.in_service) - 1) >= self.min_copies
+        return min(self.copies, len(self.env.in_service - gone)) >= self.min_copies
 
     def watch(self, task: asyncio.Task[None]) -> None:
         """A task that this log can't do without: if it ends with an error of ours, the log stops loudly."""

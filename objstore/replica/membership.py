@@ -87,8 +87,12 @@ class Membership:
         history: History,
         highest: int,
         losses: int = 1,
+        answer_seconds: float = 5.0,
     ) -> None:
+        """answer_seconds: so long a change waits for a zone that it takes in. Nobody watches over that one yet, and all
+        other changes wait for this one."""
         self._zones = zones
+        self._answer_seconds = answer_seconds
         self._executor = executor
         self._clock = clock
         self._rng = rng
@@ -137,7 +141,8 @@ class Membership:
         await self._ask(lambda plan: without(plan, gone, reason, self._highest + 1), gone)
 
     async def admit(self, number: int) -> None:
-        """Take a zone that is out into service again. The caller knows that no call to it is outstanding."""
+        """Take a zone that is out into service again. The caller knows that no call to it is outstanding, and looks
+        whether it is in service then: if it fails on the way it stays out."""
 
         def edit(plan: Plan) -> Plan:
             members, out = dict(plan.members), dict(plan.out)
@@ -243,7 +248,7 @@ class Membership:
 
     async def _put(self, epoch: Epoch) -> dict[int, str]:
         """Put the record into all its members at once: who failed, and why. A member whose exclusion is asked for
-        meanwhile is not waited for: its call may never return."""
+        meanwhile is not waited for, and one that is to come in not for long: its call may never return."""
         data = encode_document("epoch", epoch)
         name = epoch_name(epoch.number)
         loop = asyncio.get_running_loop()
@@ -253,10 +258,14 @@ class Membership:
         }
         failed: dict[int, str] = {}
         waiting = set(calls)
+        # At a start everybody comes in, and nobody can be told from a host that is slow.
+        coming = frozenset(calls.values()) - self.in_service if self.in_service else frozenset()
+        limit = loop.time() + self._answer_seconds
         while waiting:
             poked = loop.create_task(self._poked.wait())
+            left = limit - loop.time() if any(calls[task] in coming for task in waiting) else None
             try:
-                await asyncio.wait([*waiting, poked], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([*waiting, poked], timeout=left, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 poked.cancel()
             self._poked.clear()
@@ -267,6 +276,8 @@ class Membership:
                     failed[calls[task]] = str(error)
                     log.warning("epoch %d can't be written to %r: %s", epoch.number, self._zones[calls[task]], error)
             unwanted = frozenset[int]().union(*(asked.excludes for asked in self._asked))
+            if loop.time() >= limit:
+                unwanted |= coming
             for task in [task for task in waiting if calls[task] in unwanted]:
                 waiting.discard(task)
                 task.add_done_callback(_noted)

@@ -29,8 +29,8 @@ class ZoneWatch:
     """Ticks as long as it is open. Touched by the event loop only.
 
     zones: those in service now. lag: since when a zone owes data that somebody wants durable, None = it owes nothing.
-    expendable: whether every log could go on without that zone. lagging: told of a zone that is late. failing: told of
-    one that is not what it was.
+    expendable: whether every log could go on without that zone and those that are being put out. lagging: told of a
+    zone that is late; false: it knows. failing: told of one that is not what it was.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ZoneWatch:
         zones: Callable[[], Sequence[Zone]],
         lag: Callable[[int, float], float | None],
         expendable: Callable[[int], bool],
-        lagging: Callable[[int, StoreError], object],
+        lagging: Callable[[int, StoreError], bool],
         failing: Callable[[int, StoreError], object],
     ) -> None:
         self._executor = executor
@@ -114,8 +114,10 @@ class ZoneWatch:
         for z in late:
             if len(late) < len(zones) and self._expendable(z):
                 seconds = now - since[z]
-                self._lagging(z, ZoneFailed(f"no answer for {seconds:.1f} s deadline={self.deadline_seconds:g} s"))
-                break  # one at a time: the next is judged when this one is out
+                error = ZoneFailed(f"no answer for {seconds:.1f} s deadline={self.deadline_seconds:g} s")
+                if self._lagging(z, error):
+                    break  # one at a time: the next is judged in the next tick
+                continue  # it is on its way out, which may wait for the next one
             kept.append(z)
         if frozenset(kept) - self.late:
             log.warning(

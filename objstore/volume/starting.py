@@ -258,7 +258,15 @@ async def start_store(
     )
     env.in_service = frozenset(plan.members)
     history = History(choice.chain, choice.holders)
-    membership = Membership(zones, executor, clock, rng, history=history, highest=choice.highest)
+    membership = Membership(
+        zones,
+        executor,
+        clock,
+        rng,
+        history=history,
+        highest=choice.highest,
+        answer_seconds=settings.zone_deadline_seconds,
+    )
     membership.next_zone = len(zones)
     catalog = Catalog(env)
     trust = Trust(env, history if choice.epoch is not None else None)

@@ -28,6 +28,7 @@ class Cluster:
         self.executor: SteppingExecutor
         self.changes: list[frozenset[int]] = []
         self._left = 1000
+        self.answer_seconds = 5.0
 
     def die_after(self, puts: int) -> None:
         """The process does so many puts more and no call after them."""
@@ -63,7 +64,13 @@ class Cluster:
         self.die_after(self._left)
         history = History(choice.chain, choice.holders)
         self.membership = Membership(
-            zones, self.executor, HandClock(), self.rng, history=history, highest=choice.highest
+            zones,
+            self.executor,
+            HandClock(),
+            self.rng,
+            history=history,
+            highest=choice.highest,
+            answer_seconds=self.answer_seconds,
         )
         self.membership.on_change(lambda: self.changes.append(self.membership.in_service))
         members = {z: Member(number=z, id=zone_name(z), path=f"/{z}") for z in here}
@@ -170,6 +177,28 @@ async def test_a_member_that_hangs_is_not_waited_for_once_it_is_to_go() -> None:
     await membership.exclude([1], "lags")
     await first
     assert membership.in_service == {2, 3, 4}
+    cluster.executor.release(1)
+    await turns()
+    assert cluster.choose().epoch == membership.epoch, "what came late changes nothing"
+
+
+@pytest.mark.parametrize("puts", [0, 1])
+async def test_a_zone_that_hangs_while_it_comes_in_keeps_nobody_waiting(puts: int) -> None:
+    """Nobody watches over it yet, and whatever else is asked for waits behind it. puts: of its two that return."""
+    cluster = Cluster(4)
+    cluster.answer_seconds = 0.05
+    membership = await cluster.start()
+    await membership.exclude([1], "failed")
+    cluster.executor.hold(1)
+    admission = asyncio.create_task(membership.admit(1))
+    await turns()
+    for _ in range(puts):
+        cluster.executor.step(1)
+    exclusion = asyncio.create_task(membership.exclude([0], "failed"))
+    async with asyncio.timeout(5):
+        await asyncio.gather(admission, exclusion)
+    assert membership.in_service == {2, 3}
+    assert [zone.reason for zone in membership.epoch.out] == ["failed", "it does not answer"]
     cluster.executor.release(1)
     await turns()
     assert cluster.choose().epoch == membership.epoch, "what came late changes nothing"

@@ -192,6 +192,40 @@ async def test_a_zone_that_hangs_under_everything(world: World) -> None:
     assert executor_of(store.env).outstanding(1), "the stop did not wait for what hangs"
 
 
+async def let_time_pass(world: World, seconds: float) -> None:
+    """In ticks of the watch, each on time."""
+    assert world.store is not None
+    watch = world.store.env.watch
+    assert watch is not None
+    watch.close()
+    for _ in range(round(seconds * 10)):
+        world.clock.now += 0.1
+        watch.tick()
+        await turns(20)
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+async def test_two_zones_that_hang_at_once_go_both(first_fails: bool) -> None:
+    """The record that puts one of them out goes to the other one too, which would be waited for for ever."""
+    world = World(5, settings=SETTINGS)
+    store = await world.open(create=True)
+    disk = await ModelDisk(world).create(copies=3)
+    await disk.churn(30)
+    open_zones = next(iter(disk.vdi.disk.writer.unsealed.values())).zones
+    other = min({0, 1, 2, 3, 4} - set(open_zones))
+    executor_of(store.env).hold(open_zones[0], other)
+    await disk.write(5, 3)
+    flush = asyncio.create_task(disk.vdi.flush())
+    if first_fails:
+        store.env.zone_failing(open_zones[0], ZoneFailed("input/output error"))
+    await let_time_pass(world, 8.0)
+    assert in_service(world) == {0, 1, 2, 3, 4} - {open_zones[0], other}
+    await flush
+    await disk.check()
+    executor_of(store.env).release(open_zones[0], other)
+    await world.stop()
+
+
 async def test_below_min_copies_writes_fail_and_reads_go_on(world: World, expected_warnings: ExpectedWarnings) -> None:
     expected_warnings.allow("bad copies")
     disk = await ModelDisk(world).create(copies=3)
