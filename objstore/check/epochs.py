@@ -70,10 +70,11 @@ class Line:
         if not run:
             everyone = (*self.newest.members, *self.newest.out)
             return [zone.id for zone in everyone if zone.id not in self.held]
+        known = {zone.id for zone in (*self.newest.members, *self.newest.out)}
         for epoch in run:
             placing = [zone.id for zone in epoch.members if zone.placing]
-            gone = [zone for zone in placing if epoch.id not in self.held.get(zone, ())]
-            if placing and len(gone) >= min(copies, len(placing)):
+            gone = [zone for zone in placing if zone in known and epoch.id not in self.held.get(zone, ())]
+            if gone and len(gone) >= min(copies, len(placing)):
                 return gone
         return []
 

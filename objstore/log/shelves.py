@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
 from objstore.backend.base import Backend, Entry, ZoneFailed
-from objstore.errors import StoreError
+from objstore.errors import StoreError, Unavailable
 from objstore.log.checkpoint import CheckpointZones, checkpoint_folder, checkpoint_name
 from objstore.log.checkpoint_copies import copy_checkpoint_to, look_through_checkpoint
 from objstore.log.copies import load_copy, replace_copy
@@ -70,6 +70,9 @@ class Shelves:
         too, 30 us each and a seek.
         """
         disk, keeper, env = self.disk, self.keeper, self._env
+        if disk.writer.error is not None:
+            # Its end may be on zones that were out, and is taken over only when the log is opened anew.
+            raise Unavailable(f"log {disk.log} has stopped: {disk.writer.error}")
         await disk.writer.go_elsewhere()
         settled = [s for s in self._segments() if s.sealed and s.memory is None]
         below = disk.writer.tail_number
@@ -132,7 +135,9 @@ class Shelves:
         sizes = {segment_number(entry.name): entry.size_bytes for entry in files}
         for segment in settled:
             gone = sizes.get(segment.number) != segment.file_bytes or segment.number in others
-            if gone and zone in segment.zones and self._known(segment):
+            if gone and segment.number in self.disk.dead:
+                segment.zones = tuple(z for z in segment.zones if z != zone)  # freed before the last process ended
+            elif gone and zone in segment.zones and self._known(segment):
                 what = "is another segment's" if segment.number in others else "is missing"
                 log.warning("a copy %s segment=%s zone=%r", what, segment.name, self._env.zones[zone])
                 segment.zones = tuple(z for z in segment.zones if z != zone)
@@ -163,6 +168,8 @@ class Shelves:
                 continue
             have = env.serving(segment.zones)
             wanted = env.serving(self._place(segment.number))
+            if not segment.zones and segment.number in self.disk.dead:
+                continue  # its file is gone: a checkpoint that lists it as dead was the last that could need it
             if set(have) != set(wanted):
                 found.append(_misplaced(segment.number, False, segment.file_bytes, have, wanted))
         wanted = env.serving(self._place(0))

@@ -52,13 +52,16 @@ class Trust:
         """
         if self._history is None:
             return []
+        known = self._history.known()
         if epoch_id not in self._history:
-            return [repr(zone) for zone in self._zones if zone.index not in self.here]
+            return [repr(zone) for zone in self._zones if zone.index not in self.here and zone.zone_id.hex() in known]
         names: dict[str, None] = {}
         here = {zone.zone_id.hex() for zone in self._zones if zone.index in self.here}
         for epoch in self._history.run_from(epoch_id):
             members = [m for m in epoch.members if copies is None or m.state == "in"]
-            silent = [m for m in members if m.id not in here or not self._history.knows(m.id, epoch.id)]
+            # A zone that was removed since had nothing left that was not elsewhere, or what it had was given up.
+            kept = [m for m in members if m.id in known]
+            silent = [m for m in kept if m.id not in here or not self._history.knows(m.id, epoch.id)]
             if silent and len(silent) >= min(len(members), copies or len(members)):
                 names.update(dict.fromkeys(self.named(m.id, m.path) for m in silent))
         return list(names)

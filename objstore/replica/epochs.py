@@ -117,6 +117,19 @@ class History:
         for member in epoch.members:
             self._holders.setdefault(member.id, set()).add(epoch.id)
 
+    def steady(self) -> bool:
+        """Whether the run before this one had the members of now from its start to its end."""
+        epochs = self._epochs
+        own = max((i for i, epoch in enumerate(epochs) if epoch.start), default=0)
+        start = next((i for i in reversed(range(own)) if epochs[i].start), None)
+        if start is None:
+            return False
+        return all({m.id for m in e.members} == {m.id for m in epochs[-1].members} for e in epochs[start:])
+
+    def learn(self, zone: str, ids: Collection[str]) -> None:
+        """A zone that was not here has come, with these records."""
+        self._holders.setdefault(zone, set()).update(ids)
+
     def __contains__(self, epoch_id: str) -> bool:
         return epoch_id in self._at
 
@@ -137,6 +150,23 @@ class History:
         while len(found) > 1 and not found[-1].complete:
             found.pop()
         return found
+
+    def known(self) -> frozenset[str]:
+        """Zones that belong to the store now: in service or out, not removed."""
+        newest = self._epochs[-1]
+        return frozenset({m.id for m in newest.members} | {o.id for o in newest.out})
+
+    def forgot(self, zone: str) -> bool:
+        """Whether a zone that is here lacks the record of an epoch that was in force with it: it is a backup."""
+        return any(
+            e.complete and not self.knows(zone, e.id) for e in self._epochs if any(m.id == zone for m in e.members)
+        )
+
+    def lacking(self, zone: str) -> list[Epoch]:
+        """The records that a zone may be given: those that it lacks and never was to have. One that it was to have and
+        lacks shows that it is a backup, and must go on showing it."""
+        held = self._holders.get(zone, ())
+        return [e for e in self._epochs if e.id not in held and all(m.id != zone for m in e.members)]
 
     def current(self, epoch_id: str) -> frozenset[str]:
         """Zones that were members from that epoch to the end of its run without a break: present ones only if they

@@ -13,7 +13,7 @@ from objstore.clock import Clock
 from objstore.errors import FormatError, InvalidRequest, NewerFormat, NotFound, StoreError
 from objstore.format.document import Epoch, Known, Superblock, decode_document, encode_document
 from objstore.names import object_number
-from objstore.replica.membership import EPOCH_FOLDER
+from objstore.replica.membership import EPOCH_FOLDER, epoch_name
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +208,12 @@ def note_members(places: Sequence[ZonePlace], members: list[Known]) -> None:
                 place.backend.put(SUPERBLOCK, encode_document("superblock", moved))
             except StoreError as error:
                 log.warning("superblock not renewed: %s", error)
+
+
+def give_epochs(backend: Backend, epochs: Sequence[Epoch]) -> None:
+    """In a zone's thread: put these records there, for zones that will have to know the past."""
+    for epoch in epochs:
+        backend.put(epoch_name(epoch.number), encode_document("epoch", epoch))
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

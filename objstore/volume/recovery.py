@@ -103,11 +103,15 @@ class Recovery:
         self._store.membership.on_change(self._zones_changed)
         self._task = self._env.loop.create_task(self._run())
 
-    async def close(self) -> None:
-        """End after what is under way."""
+    def stop(self) -> None:
+        """Begin nothing more. A pass under way ends soon, without having looked at everything."""
         self._closed = True
         self._wake.set()
         self.pace.release()
+
+    async def close(self) -> None:
+        """End after what is under way."""
+        self.stop()
         if self._task is not None:
             await asyncio.wait([self._task])
 
@@ -204,6 +208,7 @@ class Recovery:
         self._problems.clear()
         self._total = self._done = 0
         self._began = self._env.clock.monotonic()
+        copied = self._copied
         await self._purge_strangers()
         levels = await self._look()
         if self._interrupted():
@@ -215,7 +220,9 @@ class Recovery:
                 if self._interrupted():
                     return
                 await self._each(number, have)
-        await self._shed()
+        if self._held or self._missing:
+            await self._shed()
+            await self._count(copied)
         if not self._interrupted() and not self._missing and not self._unreachable and not self._problems:
             await self._write_note(self._members())
 
@@ -235,7 +242,12 @@ class Recovery:
             async with self._opened(entry) as vdi:
                 if vdi is None:
                     continue
-                for item in await self._shelves(vdi).look(unsure):
+                try:
+                    found = await self._shelves(vdi).look(unsure)
+                except StoreError as error:
+                    self._problems.append(f"VDI {entry.name}: {error}")
+                    continue
+                for item in found:
                     self._held.update(item.extra)
                     if not item.have:
                         self._unreachable += 1
@@ -330,23 +342,34 @@ class Recovery:
     async def _shed(self) -> None:
         """Remove copies that are too many."""
         for entry in self._entries():
-            if self._interrupted():
-                return
-            if not self._held:
+            if self._interrupted() or not self._held:
                 return
             async with self._opened(entry) as vdi:
                 if vdi is None:
                     continue
                 shelves = self._shelves(vdi)
                 await shelves.shed(shelves.misplaced())
-        self._held.clear()
+
+    async def _count(self, copied: int) -> None:
+        """What is still missing or too many: objects came and went while others were copied. copied: when the pass
+        began."""
+        missing = 0
+        held: Counter[int] = Counter()
         for entry in self._entries():
             if self._interrupted():
                 return
             async with self._opened(entry) as vdi:
-                if vdi is not None:
-                    for item in self._shelves(vdi).misplaced():
-                        self._held.update(item.extra)
+                if vdi is None:
+                    continue
+                for item in self._shelves(vdi).misplaced():
+                    held.update(item.extra)
+                    missing += len(item.missing) if item.have else 0
+        self._missing, self._held = missing, held
+        if missing and not self._problems:
+            if self._copied == copied:
+                self._problems.append(f"{missing} copies could not be made: the zones would not take them")
+            else:
+                self._needed = True
 
     async def _purge_strangers(self) -> None:
         """Remove what zones keep of VDIs that were deleted while they were away."""
@@ -374,7 +397,12 @@ class Recovery:
         """Whether every member has the note of a pass that ended well, under this very membership."""
         env = self._env
         members = self._members()
+        history = self._store.membership.history
+        if not history.steady():
+            return False  # the note may be older than the change, if the process died soon after that
         for z in sorted(env.in_service):
+            if history.forgot(env.zones[z].zone_id.hex()):
+                return False  # its note came from the same backup
             try:
                 data = await run(env.executor, z, env.zones[z].backend.get, NOTE_NAME)
                 note = decode_document(NOTE_NAME, data, RecoveryNote, NOTE_NAME)

@@ -25,6 +25,7 @@ from objstore.replica.members import (
     ZonePlace,
     check_one_store,
     drop_old_epochs,
+    give_epochs,
     heal,
     initialise,
     lock_zones,
@@ -130,7 +131,10 @@ def choose(found: Found, *, force: bool) -> tuple[Choice, list[ZonePlace]]:
         found.unusable[paths[zone]] = "its newest epoch record is damaged, and no other zone has it"
     places = [place for place in places if place.superblock is not None and place.superblock.zone in held]
     if not places:
-        raise Corrupt("no zone's epoch records can be read: " + "; ".join(found.unusable.values()))
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in found.unusable.items())
+        if found.unusable.keys() - {paths[zone] for zone in damaged}:
+            raise Unavailable(f"no zone that is here has epoch records that can be read; {reasons}")
+        raise Corrupt(f"no zone's epoch records can be read: {reasons}")
     try:
         choice = choose_epoch(held, force=force)
     except Unavailable as error:
@@ -336,8 +340,10 @@ async def _tidy(started: Started, choice: Choice) -> None:
         zone = env.zones[number]
         try:
             await run(env.executor, number, drop_old_epochs, zone.backend, oldest, chain)
+            lacking = [e for e in membership.history.lacking(zone.zone_id.hex()) if e.number >= oldest]
+            await run(env.executor, number, give_epochs, zone.backend, lacking)
         except StoreError as error:
-            log.warning("old epoch records stay until the next start: %s", error)
+            log.warning("epoch records are put in order by the next start: %s", error)
     everybody: list[Member | Outside] = [*membership.epoch.members, *membership.epoch.out]
     members = [Known(zone.number, zone.id, zone.path) for zone in sorted(everybody, key=lambda zone: zone.number)]
     note_members([p for p in started.places if p.superblock and p.superblock.number in membership.in_service], members)

@@ -339,6 +339,7 @@ class Store(SnapshotOperations):
         self._stopping = True
         env = self.env
         failed: list[str] = []
+        self.recovery.stop()  # from here on it is refused VDIs, and must not take that for nothing to do
         await self.zones.close()
         await self.recovery.close()
         await self.scrub.close()

@@ -13,11 +13,20 @@ from typing import Final, Protocol
 
 from objstore.backend.base import Backend, ZoneFailed
 from objstore.errors import Busy, Exists, InvalidRequest, NotFound, StoreError
-from objstore.format.document import Known, Member, Outside, Superblock, encode_document
+from objstore.format.document import Epoch, Known, Member, Outside, Superblock, encode_document
 from objstore.log.checkpoint import checkpoint_folder
 from objstore.log.env import Env
 from objstore.log.segment import log_folder
-from objstore.replica.members import FEATURES, SUPERBLOCK, ZONES_MAX, ZonePlace, note_members, read_superblock
+from objstore.replica.members import (
+    FEATURES,
+    SUPERBLOCK,
+    ZONES_MAX,
+    ZonePlace,
+    give_epochs,
+    note_members,
+    read_epochs,
+    read_superblock,
+)
 from objstore.replica.membership import Membership, Plan
 from objstore.replica.zone import Zone, run, run_long
 from objstore.volume.catalog import CATALOG_LOG, Catalog
@@ -189,13 +198,21 @@ class Zones:
 
         await membership.change(edit)
         self._places.append(ZonePlace(backend, path, block))
-        await self._complete()
+        await self._complete(number)
         return number
 
-    async def _complete(self) -> None:
-        """A zone has just come: it gets the catalog, and every superblock knows it."""
+    async def _complete(self, number: int) -> None:
+        """A zone has just come: it gets the catalog and the epochs that were without it, and every superblock knows
+        it."""
         await self._store.catalog.compact()
-        numbers = self._store.membership.in_service
+        env, membership = self._env, self._store.membership
+        zone = env.zones[number]
+        try:
+            lacking = membership.history.lacking(zone.zone_id.hex())
+            await run(env.executor, number, give_epochs, zone.backend, lacking)
+        except StoreError as error:
+            log.warning("%r gets the old epoch records at the next start: %s", zone, error)
+        numbers = membership.in_service
         note_members([p for p in self._places if p.superblock and p.superblock.number in numbers], self._known())
 
     def _ids(self) -> set[str]:
@@ -235,7 +252,10 @@ class Zones:
         if isinstance(zone, Member):
             if zone.state != "draining":
                 raise InvalidRequest(f"{zone.path} is in use: drain it first")
-            if recovery.holds(zone.number) or not await self._is_empty(zone.number):
+            empty = not recovery.holds(zone.number) and await self._is_empty(zone.number)
+            if not empty:
+                if not recovery.status().running:
+                    recovery.request()  # a power cut may have brought back what was removed
                 raise Busy(f"{zone.path} is not empty yet: sheepfold recovery tells how far it is")
         elif not force:
             status = recovery.status()
@@ -275,19 +295,21 @@ class Zones:
         old = env.zones[number].backend
         env.executor.readmit(number)
         try:
-            backend = await run(env.executor, number, self._opened_anew, old, zone)
+            place, records = await run(env.executor, number, self._opened_anew, old, zone)
         except StoreError:
             env.executor.abandon(number, env.lost(number))
             raise
-        env.zones[number].backend = backend
+        env.zones[number].backend = place.backend
+        # VDIs that were refused without this zone may be opened now.
+        self._store.membership.history.learn(zone.id, [epoch.id for epoch in records])
         self._places[:] = [p for p in self._places if p.superblock is None or p.superblock.number != number]
-        self._places.append(ZonePlace(backend, zone.path, read_superblock(backend, zone.path)))
+        self._places.append(place)
         await self._store.membership.admit(number)
         log.warning("%r is back", env.zones[number])
-        await self._complete()
+        await self._complete(number)
 
-    def _opened_anew(self, old: Backend, zone: Outside) -> Backend:
-        """In the zone's thread."""
+    def _opened_anew(self, old: Backend, zone: Outside) -> tuple[ZonePlace, list[Epoch]]:
+        """In the zone's thread: the zone, and the epoch records that it has."""
         assert self._reopen is not None
         old.close()
         backend = self._reopen(zone.path)
@@ -297,10 +319,11 @@ class Zones:
                 raise InvalidRequest(f"{zone.path} is not the zone {zone.id[:8]} that was there")
             backend.lock(self._lock_note)
             backend.check()
+            place = ZonePlace(backend, zone.path, block)
+            return place, read_epochs(place)[0]
         except StoreError:
             backend.close()
             raise
-        return backend
 
     async def _run(self) -> None:
         while not self._closed:

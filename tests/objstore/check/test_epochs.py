@@ -96,3 +96,12 @@ def test_what_may_lie_in_missing_zones_alone() -> None:
     assert line.unknown_end(zone("1"), 2) == []
     assert line.unknown_end(zone("1"), 1) == [zone("c")]
     assert line.unknown_end(zone("?"), 2) == [zone("c")], "an epoch that is not known any more: all must be here"
+
+
+def test_a_zone_that_was_removed_is_not_missed() -> None:
+    """Nothing was left on c when it went, and b is away."""
+    second = epoch(2, "2", "1", "ab")
+    line = line_of(second, {FIRST.id: FIRST, second.id: second}, held([FIRST, second], a="12"))
+    assert line.unknown_end(zone("1"), 2) == []
+    assert line.unknown_end(zone("1"), 1) == [zone("b")]
+    assert line_of(FIRST, {FIRST.id: FIRST}, held([FIRST], a="1")).unknown_end(zone("1"), 2) == [zone("b"), zone("c")]

@@ -1,11 +1,12 @@
 """Recovery and zone life: copies go where they should, whatever failed, came back, joined, drained or was removed."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from objstore.backend.base import ZoneFailed
-from objstore.errors import Busy, Exists, InvalidRequest, NotFound
+from objstore.errors import Busy, Exists, InvalidRequest, NotFound, Unavailable
 from objstore.log import shelves
 from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
 from objstore.log.segment import log_folder
@@ -550,4 +551,210 @@ async def test_seals_are_read_of_zones_that_are_not_known_to_be_right(
     looked.clear()
     await recover(world)
     assert not looked
+    await disk.check()
+
+
+async def test_a_removed_zone_is_not_missed_when_another_one_is(world: World) -> None:
+    """A log that was open all the time names an epoch in which the removed zone still took part."""
+    disk = await filled(world, copies=2)
+    assert world.store is not None
+    await world.store.zones.add("zone3", 1.0)
+    await settle(world)
+    await world.store.zones.drain("zone1")
+    await settle(world)
+    await settle(world)
+    await world.store.zones.remove("zone1")
+    await disk.churn(10)
+    await disk.vdi.flush()
+    await world.kill()
+    await world.open(here=[2, 3])
+    await disk.open()
+    await disk.check()
+
+
+async def test_what_goes_while_others_are_copied_is_not_missed_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints are superseded between the look and the copying: nobody can make those copies any more."""
+    disk = await filled(world)
+    assert world.store is not None
+    await settle(world)
+    await out(world, 2)
+    await disk.churn(40)
+    await disk.vdi.keeper.checkpoint()
+    looked = recovery.Recovery._check_space
+
+    async def checkpoints_come(self: recovery.Recovery, *args: Any) -> None:
+        for _ in range(2):
+            await disk.churn(2)
+            await disk.vdi.keeper.checkpoint()
+        await looked(self, *args)
+
+    monkeypatch.setattr(recovery.Recovery, "_check_space", checkpoints_come)
+    await world.store.zones.add("zone2")
+    await recover(world)
+    status = world.store.recovery.status()
+    assert (status.running, status.copies_missing, status.problems) == (False, 0, [])
+    assert (await world.store.status()).health == "ok"
+
+
+async def test_flushed_data_of_a_log_that_stopped_stays_when_its_zones_come_back(
+    world: World, expected_warnings: ExpectedWarnings
+) -> None:
+    """The zones with the log's end failed one after the other, and return: what they have is known to them alone until
+    the log is opened anew. Recovery must not take it for leftovers."""
+    expected_warnings.allow("log stopped")
+    disk = await filled(world, copies=2)
+    assert world.store is not None
+    await disk.vdi.keeper.checkpoint()
+    await disk.churn(20)
+    await disk.vdi.flush()
+    segment = disk.vdi.disk.writer.segment
+    assert segment is not None
+    for zone in segment.zones:
+        await out(world, zone)
+    await turns(300)
+    assert disk.vdi.disk.writer.error is not None
+    for zone in segment.zones:
+        await world.store.zones.add(f"zone{zone}")
+    await recover(world)
+    assert any("has stopped" in problem for problem in world.store.recovery.status().problems)
+    await world.kill()
+    await world.open()
+    await disk.open()
+    await disk.check()
+
+
+async def test_a_stop_is_no_end_of_a_recovery(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that a stop cuts short was refused its VDIs: the next start has to look again."""
+    disk = await filled(world)
+    assert world.store is not None
+    await settle(world)
+    await out(world, 2)
+    await disk.churn(40)
+    await settle(world)
+    await world.stop()
+    await world.open()
+    monkeypatch.setattr(recovery, "SETTLE_SECONDS", 3600.0)
+    await turns(100)
+    store = world.store
+    assert store is not None
+    closing = store.zones.close
+
+    async def close_behind_a_pass() -> None:
+        assert store is not None
+        store.recovery._wake.set()
+        await turns(300)
+        await closing()
+
+    monkeypatch.setattr(store.zones, "close", close_behind_a_pass)
+    await world.stop()
+    assert store.recovery.status().copies_made == 0
+    monkeypatch.setattr(recovery, "SETTLE_SECONDS", 0.0)
+    await world.open()
+    assert world.store is not None
+    await disk.open()
+    await world.store.wait_for_recovery()
+    assert world.store.recovery.status().copies_made > 0
+    await world.stop()
+    await world.open(here=[2, 1])
+    await disk.open()
+    await disk.check()
+
+
+async def test_a_disk_that_was_refused_opens_when_its_zones_are_back(world: World) -> None:
+    """Without a new start."""
+    disk = await filled(world, copies=1)
+    (holder,) = disk.vdi.disk.writer.segment.zones  # type: ignore[union-attr]
+    await world.kill()
+    await world.open(here=[zone for zone in range(3) if zone != holder])
+    assert world.store is not None
+    with pytest.raises(Unavailable, match=f"missing: zone zone{holder}"):
+        await disk.open()
+    await world.store.zones.add(f"zone{holder}")
+    await disk.open()
+    await disk.check()
+
+
+async def test_what_a_power_cut_brings_back_on_an_empty_zone_goes_before_it_is_removed(world: World) -> None:
+    disk = await filled(world, copies=2)
+    assert world.store is not None
+    await settle(world)
+    await world.store.zones.drain("zone1")
+    await settle(world)
+    await settle(world)
+    await world.stop()
+    world.storages[1].objects[checkpoint_name(LOG, 1)] = bytearray(b"left")
+    await world.open()
+    assert world.store is not None
+    await disk.open()
+    await world.store.wait_for_recovery()
+    with pytest.raises(Busy, match="not empty yet"):
+        await world.store.zones.remove("zone1")
+    await world.store.wait_for_recovery()
+    await world.store.zones.remove("zone1")
+    await disk.check()
+
+
+async def test_the_file_of_a_dead_segment_is_missed_by_nobody(world: World) -> None:
+    """A checkpoint lists it as dead, its file went, and the process ended before the next checkpoint."""
+    disk = await filled(world)
+    assert world.store is not None
+    await disk.trim(0, disk.blocks)
+    dead: list[str] = []
+    while not dead:
+        await disk.write(0)
+        await disk.vdi.keeper.checkpoint()
+        dead = [segment.name for segment, checkpoints in disk.vdi.disk.dead.values() if checkpoints]
+    assert dead
+    await world.kill()
+    for storage in world.storages:
+        for name in dead:
+            storage.objects.pop(name, None)
+    await world.open()
+    assert world.store is not None
+    await disk.open()
+    await recover(world)
+    status = world.store.recovery.status()
+    assert (status.copies_missing, status.objects_unreachable) == (0, 0)
+
+
+async def test_a_backup_is_not_believed_about_its_recovery(world: World) -> None:
+    """Its note is from the same backup: nothing was missing then."""
+    disk = await filled(world)
+    await settle(world)
+    await world.stop()
+    backup = {name: bytearray(data) for name, data in world.storages[2].objects.items()}
+    await world.open()
+    await disk.open()
+    await disk.churn(60)
+    await settle(world)
+    await world.stop()
+    world.storages[2].objects = backup
+    await world.open()
+    assert world.store is not None
+    await disk.open()
+    await world.store.wait_for_recovery()
+    assert world.store.recovery.status().copies_made > 0
+    await settle(world)
+    assert set(map(frozenset, copies_of(world).values())) == {frozenset({0, 1, 2})}
+
+
+async def test_zones_that_are_left_alone_know_the_past(world: World) -> None:
+    """An epoch that held of the zones here none: one was out then, the other one came later."""
+    disk = await filled(world, copies=2)
+    assert world.store is not None
+    await out(world, 1)
+    await world.store.zones.set_weight("zone0", 3.0)
+    await world.store.zones.add("zone1")
+    await world.store.zones.add("zone3", 1.0)
+    await world.store.zones.drain("zone2")
+    await settle(world)
+    await settle(world)
+    await world.store.zones.remove("zone2")
+    await disk.churn(5)
+    await disk.vdi.flush()
+    await world.kill()
+    await world.open(here=[1, 3])
+    await disk.open()
     await disk.check()
