@@ -1,6 +1,7 @@
 """Flushes that share one: answered together, but never by one that began before the last change."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,9 @@ from nbdserver.wire.constants import Command
 from objstore.errors import Unavailable
 from tests.conftest import ExpectedWarnings
 from tests.nbdserver.test_dispatch import Harness, ask, write
-from tests.nbdserver.volumes import TestVolume
+from tests.nbdserver.volumes import TestVolume, until
+from tests.support.nbd_spec import Err
+from tests.support.our_server import serve_volume
 
 
 class Counting(TestVolume):
@@ -87,3 +90,24 @@ async def test_a_failed_flush_fails_for_all_who_share_it(count: int, expected_wa
     await harness.dispatch.settle()
     errors = {piece.cookie: piece.error for piece in harness.parsed()}
     assert all(errors[cookie] == 5 for cookie in range(count))
+
+
+async def test_a_client_that_repeats_a_flush_is_not_read_until_that_is_done(tmp_path: Path) -> None:
+    volume = Counting()
+    async with serve_volume(volume, tmp_path) as served, served.attached() as client:
+        await client.write(0, b"x" * 512)
+        flushes = [await client.submit(Command.FLUSH) for _ in range(6)]
+        (connection,) = served.server._connections
+        try:
+            await until(lambda: not connection._reading)
+            read = await client.submit(Command.READ, 0, 512)
+            async with served.attached() as other:  # others are not held, and the server has its turns
+                assert await other.read(0, 512) == b"x" * 512
+            assert not connection._reading
+        finally:
+            volume.gate.set()
+        answered = [await client.next_reply() for _ in range(7)]
+        assert all(reply.error == Err.OK for reply in answered)
+        assert {id(reply) for reply in answered[:6]} == {id(reply) for reply in flushes}
+        assert answered[6] is read
+        assert volume.flushes == 1

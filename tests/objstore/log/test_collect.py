@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
+from objstore.backend.base import ZoneFailed
 from objstore.format.record import KIND_SHIFT, Kind
 from objstore.log.collect import SPACE_QUIET, SPACE_TIGHT, TIGHT_SEGMENTS
-from objstore.log.reader import read_run
+from objstore.log.reader import in_turn, read_run, reader_for
 from objstore.log.segment import Segment, segment_number
 from objstore.log.tail import look_at
 from objstore.units import BLOCK_BYTES
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import LOG, ModelDisk
-from tests.support.stepping import World, turns
+from tests.support.stepping import World, executor_of, turns
 
 
 @pytest.fixture
@@ -160,6 +161,43 @@ async def test_a_bad_copy_is_not_moved(disk: ModelDisk, expected_warnings: Expec
     await disk.check()
     await disk.reopen(clean=True)
     await disk.check()
+
+
+async def test_memory_that_a_read_which_hangs_may_still_fill_is_not_used_again(
+    disk: ModelDisk, monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
+) -> None:
+    """The collector reads all its victims into the same memory; a zone is put out under one of these reads."""
+    expected_warnings.allow("read failed|put out|out of service")
+    for first in range(0, 300, 20):
+        await disk.write(first, 20)
+    await disk.vdi.keeper.checkpoint()
+    await turns()
+    env, collector = disk.vdi.disk.env, disk.vdi.collector
+    victim = next(s for s in disk.vdi.disk.segments.values() if s.live and in_turn(env, s)[0] == 1)
+
+    async def read_and_hang(*arguments):  # type: ignore[no-untyped-def]
+        await reader_for(env, victim, 1)
+        executor_of(env).hold(1)
+        return await read_run(*arguments)
+
+    monkeypatch.setattr("objstore.log.collect.read_run", read_and_hang)
+    fetch = asyncio.create_task(collector._fetch(victim, 0))
+    await turns()
+    assert not fetch.done()
+    lent = collector._buffers[0]
+    assert lent is not None
+    await env.put_out(1, ZoneFailed("no answer"))
+    fetched = await fetch
+    assert fetched is not None
+    content = bytes(fetched.data)
+    lent[:] = bytes(len(lent))  # the call ends at last, and fills what it was given
+    assert bytes(fetched.data) == content
+    monkeypatch.undo()
+    again = await collector._fetch(victim, 2)
+    assert again is not None
+    lent[:] = bytes(len(lent))
+    assert bytes(again.data) == content
+    executor_of(env).release(1)
 
 
 async def test_discarded_disks_are_given_back_whole(disk: ModelDisk) -> None:
