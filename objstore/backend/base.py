@@ -1,6 +1,6 @@
 """The contract of a backend: how one zone keeps its objects.
 
-Conformance suite: tests/contract/backend_contract.py. All methods block and are called from a zone's threads, at most
+Conformance suite: tests/contract/backend_*contract.py. All methods block and are called from a zone's threads, at most
 one call per handle at a time (several handles at once), except `Handle.read_nowait`, which the event loop calls too.
 
 Names are relative paths of 1-8 parts of [a-z0-9._-], e.g. "log/000001/0000002a"; folders come into being by themselves.

@@ -1,4 +1,4 @@
-"""Places for the backend contract (tests/contract/backend_contract.py): one storage, many backends over it."""
+"""Places for the backend contract (tests/contract/backend_*contract.py): one storage, many backends over it."""
 
 import errno
 import os

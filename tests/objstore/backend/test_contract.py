@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from objstore.errors import StoreError
-from tests.contract.backend_contract import BackendContract, FaultContract
+from tests.contract.backend_contract import BackendContract
+from tests.contract.backend_fault_contract import FaultContract
 from tests.support.broken_backends import BROKEN, Broken
 from tests.support.places import FakePlace, MemoryPlace, RealPlace, directory
 
