@@ -41,7 +41,8 @@ def shares(workers: int) -> tuple[Share, ...]:
         Share("unit, contract, specification", ("-m", "not slow and not interop and not bench", *parallel)),
         Share("crashes, power cuts", ("-m", "slow and not interop and not bench", "--ignore=tests/sim", *parallel)),
         Share("simulation (its own processes)", ("tests/sim", "-m", "slow and not interop and not bench", "-s")),
-        Share("real clients", ("-m", "interop and not bench")),
+        Share("real clients", ("-m", "interop and not bench", "--ignore=tests/guests")),
+        Share("guests", ("tests/guests",)),
     )
 
 

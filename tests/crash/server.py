@@ -27,18 +27,28 @@ class ServerEnded(Exception):
 class RealServer:
     """`python -m nbdserver serve` over some zones. `start` again after `kill` or `stop`, any number of times.
 
-    directory: for sockets and the log; must be short.
+    directory: for sockets and the log; must be short. listen: addresses besides its Unix socket.
     """
 
     def __init__(
-        self, directory: Path, zones: Sequence[Path], vdis: Sequence[str], *, config: Path | None = None
+        self,
+        directory: Path,
+        zones: Sequence[Path],
+        vdis: Sequence[str],
+        *,
+        config: Path | None = None,
+        listen: Sequence[str] = (),
     ) -> None:
         self.address = f"unix://{directory / 'nbd'}"
         self._vdi_count = len(vdis)
         self._zones = zones
         self._log = directory / "server.log"
         self._process: asyncio.subprocess.Process | None = None
-        self._command = [sys.executable, "-m", "nbdserver", "serve", "--listen", self.address]
+        self.announced: list[str] = []
+        """What the last process said of its exports, a line each."""
+        self._command = [sys.executable, "-m", "nbdserver", "serve"]
+        for address in (self.address, *listen):
+            self._command += ["--listen", address]
         self._control = directory / "ctl"
         self._command += ["--control", str(self._control)]
         if config is not None:
@@ -63,9 +73,11 @@ class RealServer:
             )
         self._process = process
         assert process.stdout is not None
+        self.announced.clear()
         async with asyncio.timeout(OPEN_SECONDS_MAX):
             for _ in range(self._vdi_count):
-                if not await process.stdout.readline():
+                self.announced.append((await process.stdout.readline()).decode())
+                if not self.announced[-1]:
                     code = await process.wait()
                     raise ServerEnded(f"exit code {code}: {self.last_words()}")
 

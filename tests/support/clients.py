@@ -24,7 +24,6 @@ PACKAGES = {
     "qemu-nbd": "qemu-utils",
     "nbdkit": "nbdkit",
     "fio": "fio",
-    "nbd-client": "nbd-client",
     "mkfs.ext4": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "debugfs": "e2fsprogs",
@@ -34,6 +33,12 @@ PACKAGES = {
     "cp": "coreutils",
     "sync": "coreutils",
     "fusermount3": "fuse3",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "busybox": "busybox-static",
+    "nbd-client": "nbd-client",
+    "modprobe": "kmod",
+    "depmod": "kmod",
+    "cpio": "cpio",
 }
 """Debian's package of each program."""
 

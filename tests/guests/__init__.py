@@ -1,0 +1,1 @@
+"""Machines that boot a real kernel and attach our exports with it."""
