@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
+from objstore.backend.absent import AbsentBackend
 from objstore.backend.base import Backend, ZoneFailed
-from objstore.errors import Busy, Exists, InvalidRequest, NotFound, StoreError
+from objstore.errors import Busy, Exists, InvalidRequest, NotFound, StoreError, Unavailable
 from objstore.format.document import Epoch, Known, Member, Outside, Superblock, encode_document
 from objstore.log.checkpoint import checkpoint_folder
 from objstore.log.env import Env
@@ -40,6 +41,7 @@ RETRY_SECONDS_MAX: Final = 600.0
 would otherwise stop everybody for a moment every 10 s."""
 WEIGHT_MAX: Final = 1e9
 
+T = TypeVar("T")
 Reopen = Callable[[str], Backend]
 
 
@@ -68,6 +70,8 @@ class Zones:
         self._waits: dict[int, float] = {}
         self._tried: dict[int, float] = {}
         self._leaving: set[int] = set()
+        self._opened: dict[str, Backend] = {}
+        """By path: opened in a zone's thread, and not yet taken over. A zone that answers late leaves it here."""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -165,41 +169,92 @@ class Zones:
         number = len(env.zones)
         if number >= ZONES_MAX:
             raise InvalidRequest(f"the store has had {number} zones; {ZONES_MAX} are possible")
+        zone_id = env.rng.randbytes(16).hex()
+        block = Superblock(
+            store=env.store_id.hex(),
+            zone=zone_id,
+            number=number,
+            members=[*self._known(), Known(number, zone_id, path)],
+            created=env.clock.wall(),
+            features_read=sorted(FEATURES),
+        )
+        try:
+            backend, capacity = await self._answer(number, path, self._made_zone, path, block, self._ids())
+        except StoreError as error:
+            if env.executor.outstanding(number):  # it may still answer: its number is used up
+                env.zones.append(Zone(number, bytes.fromhex(zone_id), AbsentBackend(path, str(error)), path))
+                self._leave(number, error)
+            raise
+        env.zones.append(Zone(number, bytes.fromhex(zone_id), backend, path))
+        new = Member(number=number, id=zone_id, path=path, weight=capacity if by_capacity else weight)
+
+        def edit(plan: Plan) -> Plan:
+            return Plan({**plan.members, number: new}, plan.out, plan.catalog)
+
+        try:
+            await membership.change(edit)
+        except StoreError as error:
+            self._leave(number, error)
+            raise
+        self._places.append(ZonePlace(backend, path, block))
+        self._check_came(number)
+        await self._complete(number)
+        return number
+
+    def _made_zone(self, path: str, block: Superblock, known: set[str]) -> tuple[Backend, float]:
+        """In the zone's thread: make a zone of a directory; its capacity in GiB. known: ids of the store's zones."""
+        assert self._reopen is not None
+        self._close_late(path)
         try:
             backend = self._reopen(path)
         except NotFound as error:
             raise NotFound(f"there is no directory {path}: make an empty one there first") from error
         try:
-            block = read_superblock(backend, path)
-            if block is not None and (block.store != env.store_id.hex() or block.zone in self._ids()):
-                raise InvalidRequest(f"{path} belongs to store {block.store[:8]}: give an empty directory")
+            former = read_superblock(backend, path)
+            if former is not None and (former.store != block.store or former.zone in known):
+                raise InvalidRequest(f"{path} belongs to store {former.store[:8]}: give an empty directory")
             backend.lock(self._lock_note)
-            zone_id = env.rng.randbytes(16).hex()
-            members = [*self._known(), Known(number, zone_id, path)]
-            block = Superblock(
-                store=env.store_id.hex(),
-                zone=zone_id,
-                number=number,
-                members=members,
-                created=env.clock.wall(),
-                features_read=sorted(FEATURES),
-            )
             backend.put(SUPERBLOCK, encode_document("superblock", block))
-            if by_capacity:
-                weight = max(1.0, float((backend.used_bytes() + backend.free_bytes()) >> 30))
+            capacity = max(1.0, float((backend.used_bytes() + backend.free_bytes()) >> 30))
         except StoreError:
             backend.close()
             raise
-        env.zones.append(Zone(number, bytes.fromhex(zone_id), backend, path))
-        new = Member(number=number, id=zone_id, path=path, weight=weight)
+        self._opened[path] = backend
+        return backend, capacity
 
-        def edit(plan: Plan) -> Plan:
-            return Plan({**plan.members, number: new}, plan.out, plan.catalog)
+    async def _answer(self, number: int, path: str, function: Callable[..., T], *args: object) -> T:
+        """The result of a call that opens a zone. Nobody watches over that zone yet, and all other changes of zones
+        wait for this one: Unavailable after zone_deadline_seconds, the call may then still be under way."""
+        env = self._env
+        try:
+            async with asyncio.timeout(env.settings.zone_deadline_seconds):
+                result = await run(env.executor, number, function, *args)
+        except TimeoutError as error:
+            raise Unavailable(f"{path} did not answer in {env.settings.zone_deadline_seconds:g} s") from error
+        self._opened.pop(path, None)
+        return result
 
-        await membership.change(edit)
-        self._places.append(ZonePlace(backend, path, block))
-        await self._complete(number)
-        return number
+    def _close_late(self, path: str) -> None:
+        """In a zone's thread: close what an earlier call has opened when nobody waited for it any more."""
+        late = self._opened.pop(path, None)
+        if late is not None:
+            late.close()
+
+    def _check_came(self, number: int) -> None:
+        """ZoneFailed: a zone that was to come in failed on the way."""
+        membership = self._store.membership
+        if number not in membership.in_service:
+            out = membership.epoch.out
+            reason = next((zone.reason for zone in out if zone.number == number), "it is put out again")
+            error = ZoneFailed(f"{self._env.zones[number]!r} failed while it was taken into service: {reason}")
+            self._leave(number, error)
+            raise error
+
+    def _leave(self, number: int, error: StoreError) -> None:
+        """A zone did not come into service: nobody needs it or what it has open."""
+        env = self._env
+        env.zones[number].error = error
+        env.executor.abandon(number, env.lost(number), [env.zones[number].backend])
 
     async def _complete(self, number: int) -> None:
         """A zone has just come: it gets the catalog and the epochs that were without it, and every superblock knows
@@ -272,7 +327,8 @@ class Zones:
 
         await self._store.membership.change(edit)
         self._leaving.discard(zone.number)
-        self._env.zones[zone.number].error = ZoneFailed("it was removed")
+        self._leave(zone.number, ZoneFailed("it was removed"))
+        self._places[:] = [p for p in self._places if p.superblock is None or p.superblock.number != zone.number]
         numbers = self._store.membership.in_service
         note_members([p for p in self._places if p.superblock and p.superblock.number in numbers], self._known())
 
@@ -295,7 +351,7 @@ class Zones:
         old = env.zones[number].backend
         env.executor.readmit(number)
         try:
-            place, records = await run(env.executor, number, self._opened_anew, old, zone)
+            place, records = await self._answer(number, zone.path, self._opened_anew, old, zone)
         except StoreError:
             env.executor.abandon(number, env.lost(number))
             raise
@@ -304,7 +360,12 @@ class Zones:
         self._store.membership.history.learn(zone.id, [epoch.id for epoch in records])
         self._places[:] = [p for p in self._places if p.superblock is None or p.superblock.number != number]
         self._places.append(place)
-        await self._store.membership.admit(number)
+        try:
+            await self._store.membership.admit(number)
+        except StoreError as error:
+            self._leave(number, error)
+            raise
+        self._check_came(number)
         log.warning("%r is back", env.zones[number])
         await self._complete(number)
 
@@ -312,6 +373,7 @@ class Zones:
         """In the zone's thread: the zone, and the epoch records that it has."""
         assert self._reopen is not None
         old.close()
+        self._close_late(zone.path)
         backend = self._reopen(zone.path)
         try:
             block = read_superblock(backend, zone.path)
@@ -320,10 +382,12 @@ class Zones:
             backend.lock(self._lock_note)
             backend.check()
             place = ZonePlace(backend, zone.path, block)
-            return place, read_epochs(place)[0]
+            records = read_epochs(place)[0]
         except StoreError:
             backend.close()
             raise
+        self._opened[zone.path] = backend
+        return place, records
 
     async def _run(self) -> None:
         while not self._closed:

@@ -50,6 +50,7 @@ LIVES_MAX: Final = 60
 READS_GONE_WRONG: Final = ("read failed", "directory unreadable", "checksum wrong")
 """Warnings that must not come while every zone is well: the store would go on with another copy."""
 PUT_OUT: Final = " failed and is put out"
+FELL_BACK: Final = "the one before it"
 READ_BYTES_MAX: Final = MIB
 CALLS_EXPECTED: Final = {
     "open": 150,
@@ -813,6 +814,8 @@ class _Errors(logging.Handler):
         message = record.getMessage()
         self.world.note(f"{record.levelname}: {message}")
         bad = record.levelno >= logging.ERROR
+        if FELL_BACK in message and self.world.faults["checkpoint-rotten"]:
+            bad = False
         if self.world.zone_rots:
             bad = bad and PUT_OUT not in message
         else:
