@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from nbdserver.cli_library_arguments import add_attr
+from nbdserver.cli_library_arguments import add_attr, add_transfers
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
 from objstore.units import check_vdi_bytes, parse_size
@@ -152,6 +152,14 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_snapshot_commands(commands)
     add_attr(
         commands.add_parser("attr", help="small values that a VDI carries"), _add_common, _add_force, _argument(_name)
+    )
+    add_transfers(
+        lambda command, what: commands.add_parser(command, help=what),
+        _add_common,
+        _add_force,
+        _argument(_name),
+        _argument(_any_name),
+        _argument(_rate),
     )
     for command, what, metavar, convert in (
         ("info", "show one VDI", "NAME", _name),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nbdserver.service import Ready
 
 
-LIBRARY_COMMANDS: Final = ("attr",)
+LIBRARY_COMMANDS: Final = ("attr", "download", "upload", "map")
 """Those of `vdi` that cli_library.py has."""
 
 

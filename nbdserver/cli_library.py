@@ -11,6 +11,7 @@ from typing import Final
 from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
 from nbdserver.cli_output import print_json
 from nbdserver.cli_progress import progress
+from nbdserver.cli_transfer import download, show_map, upload
 from nbdserver.control_client import ControlClient, NoServer
 from objstore.access import blocking
 from objstore.errors import Busy
@@ -75,4 +76,9 @@ def attr(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> N
             print_json({"deleted": key})
 
 
-COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namespace], None]]] = {"attr": attr}
+COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namespace], None]]] = {
+    "attr": attr,
+    "download": download,
+    "upload": upload,
+    "map": show_map,
+}

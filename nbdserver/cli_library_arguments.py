@@ -6,6 +6,33 @@ from collections.abc import Callable
 Add = Callable[[argparse.ArgumentParser], None]
 
 
+def add_transfers(
+    add: Callable[[str, str], argparse.ArgumentParser],
+    common: Add,
+    force: Add,
+    name: Callable[[str], str],
+    any_name: Callable[[str], str],
+    size: Callable[[str], int],
+) -> None:
+    """`vdi download|upload|map`."""
+    download = add("download", "write what a VDI or a snapshot holds to stdout or a file, holes kept")
+    upload = add("upload", "write stdin or a file to a VDI, holes kept")
+    listing = add("map", "show what is data, holes and reserved zeros")
+    for parser, kind, metavar in (
+        (download, any_name, "NAME[@TAG]"),
+        (upload, name, "NAME"),
+        (listing, any_name, "NAME[@TAG]"),
+    ):
+        parser.add_argument("name", metavar=metavar, type=kind)
+        if parser is not listing:
+            parser.add_argument("file", metavar="FILE", nargs="?", default="-", help="-: the standard stream")
+        parser.add_argument("--offset", metavar="SIZE", type=size, default=0, help="where to begin (default: 0)")
+        parser.add_argument("--length", metavar="SIZE", type=size, default=0, help="how much (default: to the end)")
+        common(parser)
+        force(parser)
+    upload.add_argument("--zero-rest", action="store_true", help="zeros for what a short stream leaves of the range")
+
+
 def add_attr(commands: argparse.ArgumentParser, common: Add, force: Add, name: Callable[[str], str]) -> None:
     """`vdi attr set|get|list|delete`."""
     kinds = commands.add_subparsers(dest="attr_command", metavar="COMMAND", required=True)

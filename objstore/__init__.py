@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from objstore.access.connection import Connection
     from objstore.access.file import VdiFile
     from objstore.access.handle import VdiHandle
+    from objstore.access.transfer import Hole
     from objstore.volume.base import Extent
     from objstore.volume.settings import StoreSettings
     from objstore.volume.status import (
@@ -61,6 +62,7 @@ __all__ = [
     "Extent",
     "Fenced",
     "FormatError",
+    "Hole",
     "InvalidRequest",
     "NewerFormat",
     "NoSpace",
@@ -89,6 +91,7 @@ _WHERE: Final = {
     "Connection": "objstore.access.connection",
     "DamagedRange": "objstore.volume.status",
     "Extent": "objstore.volume.base",
+    "Hole": "objstore.access.transfer",
     "RecoveryStatus": "objstore.volume.status",
     "ScrubStatus": "objstore.volume.status",
     "StoreSettings": "objstore.volume.settings",

@@ -19,6 +19,7 @@ from objstore.access.buffers import Buffer
 from objstore.access.connection import Connection
 from objstore.access.file import VdiFile
 from objstore.access.handle import VdiHandle
+from objstore.access.transfer import Hole, Stream
 from objstore.volume.base import Extent
 from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
@@ -135,6 +136,14 @@ class BlockingVdi:
     def discard(self, offset_bytes: int, length_bytes: int) -> None:
         """See VdiHandle."""
         self._runner.run(self._vdi.discard(offset_bytes, length_bytes))
+
+    def download(self, offset_bytes: int = 0, length_bytes: int = 0) -> Iterator[bytes | Hole]:
+        """See VdiHandle."""
+        return self._runner.each(self._vdi.download(offset_bytes, length_bytes))
+
+    def upload(self, stream: Stream, offset_bytes: int = 0, length_bytes: int = 0, *, zero_rest: bool = False) -> int:
+        """See VdiHandle. While an item of the stream is waited for nothing else happens."""
+        return self._runner.run(self._vdi.upload(stream, offset_bytes, length_bytes, zero_rest=zero_rest))
 
     def flush(self) -> None:
         """See VdiHandle."""

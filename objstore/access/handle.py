@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
+from objstore.access import transfer
 from objstore.access.buffers import Buffer, cut, readable, writable
+from objstore.access.transfer import Hole, Stream
 from objstore.errors import InvalidRequest, OutOfRange, ReadOnly
 from objstore.volume.base import Extent
 
@@ -166,6 +168,26 @@ class VdiHandle(ABC):
         if not self.closed:
             self.closed = True
             await self._close()
+
+    # -- whole ranges ---------------------------------------------------------------------------------------------
+
+    def download(self, offset_bytes: int = 0, length_bytes: int = 0) -> AsyncIterator[bytes | Hole]:
+        """The contents of a range (length 0 = to the end) as a stream: pieces of at most 1 MiB, and what has no data as
+        `Hole`s. While others write it is no one moment of the VDI: for that, download a snapshot."""
+        return transfer.download(self, self.map(offset_bytes, length_bytes), offset_bytes)
+
+    async def upload(
+        self, stream: Stream, offset_bytes: int = 0, length_bytes: int = 0, *, zero_rest: bool = False
+    ) -> int:
+        """Write a stream to a range (length 0 = to the end); returns how many bytes it had, all durable then. Whole
+        blocks of zeros in it become holes, like its `Hole`s.
+
+        A stream that is shorter leaves the rest of the range as it was; zero_rest: zeros. One that is longer is an
+        InvalidRequest, and the range holds its beginning.
+        """
+        length_bytes = length_bytes or max(0, self.size_bytes - offset_bytes)
+        self._check_change(offset_bytes, length_bytes)
+        return await transfer.upload(self, stream, offset_bytes, length_bytes, zero_rest=zero_rest)
 
     # -- what the two kinds do ----------------------------------------------------------------------------------
 
