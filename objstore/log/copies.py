@@ -34,6 +34,7 @@ from objstore.format.segment import (
 from objstore.log.crcs import beginnings, page_crcs, run_crc
 from objstore.log.env import Env
 from objstore.log.segment import Segment, segment_name
+from objstore.replica.pace import Courtesy
 from objstore.replica.zone import run, run_long
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT
 
@@ -267,14 +268,24 @@ def store_copy(backend: Backend, name: str, image: memoryview) -> None:
         writer.abort()
 
 
-async def heal(env: Env, segment: Segment, zones: Sequence[int], *, repair: bool = True) -> Healed:
+async def heal(
+    env: Env, segment: Segment, zones: Sequence[int], *, repair: bool = True, courtesy: Courtesy | None = None
+) -> Healed:
     """Look at the copies of a sealed segment in `zones`, and replace those that are not whole by one that is.
 
+    courtesy: while it finds clients active, one zone after the other is looked at, with rests between.
     The segment's seal is durable on all its zones. The caller sees to it that its log is not removed meanwhile.
     """
     segment.pins += 1
     try:
-        seen = await asyncio.gather(*(_look(env, segment, z, None) for z in zones))
+        if courtesy is None or not courtesy.crowded():
+            seen = await asyncio.gather(*(_look(env, segment, z, None) for z in zones))
+        else:
+            seen = []
+            for z in zones:
+                began = env.clock.monotonic()
+                seen.append(await _look(env, segment, z, None))
+                await courtesy.make_way(env.clock.monotonic() - began)
         read_bytes = segment.file_bytes * len(zones)
         copies = dict(zip(zones, seen, strict=True))
         bad = {z: copy.problem for z, copy in copies.items() if copy.problem}

@@ -9,11 +9,12 @@ A crash anywhere repeats the same steps from the old head: segments of an uncomm
 """
 
 import asyncio
+import functools
 import logging
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
-from objstore.backend.base import Entry, ZoneFailed
+from objstore.backend.base import Backend, Entry, ZoneFailed
 from objstore.errors import Corrupt, StoreError, Unavailable
 from objstore.format.record import FLAG_SHIFT, KIND_SHIFT, LBA_MASK
 from objstore.format.segment import Directory, SegmentHeader
@@ -36,7 +37,11 @@ from objstore.units import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LOOKS_AT_ONCE = 64
+LOOKS_PER_CALL = 16
+"""Segments that one call in a zone's thread looks at: handing over a call takes as long as a look."""
 FRESH_MARGIN_BLOCKS = 8
 """Blocks that a segment needs beyond the data of its first record."""
 
@@ -175,6 +180,49 @@ class _Look(NamedTuple):
     foreign: bool
 
 
+class _Together(Generic[T]):
+    """Questions about segments in one zone: those that come up in one loop turn are asked with a few calls."""
+
+    def __init__(self, env: Env, zone: int, answer: Callable[[Backend, int], T]) -> None:
+        """answer: runs in the zone's threads."""
+        self._env = env
+        self._zone = zone
+        self._answer = answer
+        self._asked: list[tuple[int, asyncio.Future[T]]] = []
+
+    async def ask(self, number: int) -> T:
+        """The answer about one segment. StoreError: one of those that were asked with it met it."""
+        if not self._asked:
+            self._env.loop.call_soon(self._go)
+        future: asyncio.Future[T] = self._env.loop.create_future()
+        self._asked.append((number, future))
+        return await future
+
+    def _go(self) -> None:
+        env, zone = self._env, self._zone
+        asked, self._asked = self._asked, []
+        for low in range(0, len(asked), LOOKS_PER_CALL):
+            part = asked[low : low + LOOKS_PER_CALL]
+            numbers = [number for number, _ in part]
+            done = functools.partial(_answered, [future for _, future in part])
+            env.executor.submit(zone, _answers, (self._answer, env.zones[zone].backend, numbers), done)
+
+
+def _answers(answer: Callable[[Backend, int], T], backend: Backend, numbers: Sequence[int]) -> list[T]:
+    """In a zone's thread."""
+    return [answer(backend, number) for number in numbers]
+
+
+def _answered(futures: Sequence[asyncio.Future[T]], answers: list[T], error: BaseException | None) -> None:
+    for i, future in enumerate(futures):
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(answers[i])
+        else:
+            future.set_exception(error)
+
+
 class _TailReader:
     """One reading of a log's end; its results are the attributes without underscore."""
 
@@ -201,10 +249,17 @@ class _TailReader:
         self._previous_crc = base.previous_crc
         self._rows = {row.number: row for row in head.tail if row.number >= base.next_segment}
         self._claim = 0
+        store_id = env.store_id
+        self._looks = self._each(lambda backend, number: look_at(backend, store_id, log, number))
+        self._seals = self._each(lambda backend, number: seal_of(backend, store_id, log, number, False))
+        self._synced_seals = self._each(lambda backend, number: seal_of(backend, store_id, log, number, True))
         self.sealed: list[tuple[Directory, tuple[int, ...], int]] = []
         self.rest: list[SurvivingRecord] = []
         self.empty: dict[int, tuple[int, ...]] = {}
         self.wall_us = 0
+
+    def _each(self, answer: Callable[[Backend, int], T]) -> list[_Together[T]]:
+        return [_Together(self._env, zone.index, answer) for zone in self._env.zones]
 
     async def read(self) -> None:
         for row in self._rows.values():
@@ -256,7 +311,8 @@ class _TailReader:
                 absent = [z for z in self._rows[number].zones if z not in self._trust.here] if expected is None else []
                 self.sealed.append((directory, tuple(sorted({*look.sealed, *absent})), look.size_bytes // BLOCK_BYTES))
                 return
-        images = [image for z in look.readable if (image := await self._image(z, number)) is not None]
+        found_images = await asyncio.gather(*(self._image(z, number) for z in look.readable))
+        images = [image for image in found_images if image is not None]
         if look.readable and not images and not self._force:
             raise self._out_of_reach(number, self._trust.absent(look.readable))
         store_id, log = self._env.store_id, self._log
@@ -286,7 +342,7 @@ class _TailReader:
         everywhere = self._trust.everywhere(self._head.epoch)
         self.empty[number] = tuple(z for z in self._shown[number] if z in everywhere)
 
-    async def _image(self, zone: int, number: int) -> bytes | None:
+    async def _image(self, zone: int, number: int) -> memoryview | None:
         env = self._env
         try:
             return await run(env.executor, zone, read_image, env.zones[zone].backend, self._log, number)
@@ -360,20 +416,17 @@ class _TailReader:
         return zones[start:] + zones[:start]
 
     async def _seen(self, zone: int, number: int) -> Seen:
-        env = self._env
         try:
-            return await run(env.executor, zone, look_at, env.zones[zone].backend, env.store_id, self._log, number)
+            return await self._looks[zone].ask(number)
         except ZoneFailed as error:
-            silent(env, self._trust, zone, error)
+            silent(self._env, self._trust, zone, error)
             return Seen(None, None, 0)
 
     async def _seal(self, zone: int, number: int, *, sync: bool) -> int | None:
-        env = self._env
-        backend = env.zones[zone].backend
         try:
-            return await run(env.executor, zone, seal_of, backend, env.store_id, self._log, number, sync)
+            return await (self._synced_seals if sync else self._seals)[zone].ask(number)
         except ZoneFailed as error:
-            silent(env, self._trust, zone, error)
+            silent(self._env, self._trust, zone, error)
             return None
 
 

@@ -49,6 +49,9 @@ TABLE_RUNS_MAX: Final = 64
 SCALAR_BLOCKS_MAX: Final = 64
 SCALAR_TALLY_MAX: Final = 128
 """Up to here a Python loop over entries (60 ns each) beats numpy's fixed cost: 4 us to find runs, 9 to count."""
+TALLY_SPAN_MAX: Final = 2
+"""Entries are counted without sorting if their segment numbers span at most so many times as many numbers: a million of
+them in 15 ms instead of 70."""
 
 PAGE_HEADER: Final = struct.Struct("<BBHI")
 ENTRY_BYTES: Final = 8
@@ -306,14 +309,23 @@ def tally(value: Region | None, first: int, end: int, counts: dict[int, int]) ->
 def tally_entries(entries: U64Array, weights: Integers | None, counts: dict[int, int]) -> None:
     """Add entries, each standing for `weights` blocks (1), to `counts` by segment key."""
     keys = entries >> BLOCK_BITS
-    if weights is None:
-        found, blocks = np.unique(keys, return_counts=True)
+    data = keys > 0
+    keys = keys[data]
+    if not len(keys):
+        return
+    if weights is not None:
+        weights = weights[data]
+    low = keys.min()
+    if int(keys.max() - low) < TALLY_SPAN_MAX * len(keys):
+        # All of them belong to one log, whose segment numbers lie close together: no sorting.
+        blocks = np.bincount((keys - low).astype(np.intp), weights)
+        at = np.flatnonzero(blocks)
+        found, blocks = at.astype(np.uint64) + low, blocks[at]
     else:
         found, where = np.unique(keys, return_inverse=True)
-        blocks = np.bincount(where, weights).astype(np.intp)
-    for key, amount in zip(found.tolist(), blocks.tolist(), strict=True):
-        if key:
-            counts[key] = counts.get(key, 0) + amount
+        blocks = np.bincount(where, weights)
+    for key, amount in zip(found.tolist(), blocks.astype(np.intp).tolist(), strict=True):
+        counts[key] = counts.get(key, 0) + amount
 
 
 def encode_region(small: Region) -> bytes:

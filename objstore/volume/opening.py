@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from array import array
 from collections.abc import Sequence
@@ -25,9 +26,10 @@ from objstore.log.disk import Disk
 from objstore.log.env import Env
 from objstore.log.holds import live_numbers, pages_of
 from objstore.log.keeper import FREES_CHECKED, Keeper
+from objstore.log.mapbulk import tally_regions
 from objstore.log.opening import Base, Head, Row, Tail, believe, copy_rest, list_folder, read_tail
 from objstore.log.parts import Owed, Uncounted, state_of
-from objstore.log.regions import Region, expand, tally, view
+from objstore.log.regions import Region, expand, view
 from objstore.log.replay import Replay
 from objstore.log.root import Root
 from objstore.log.segment import Segment, segment_name
@@ -37,7 +39,7 @@ from objstore.log.writer import LogWriter
 from objstore.replica.membership import Membership
 from objstore.replica.placement import choose
 from objstore.replica.zone import run
-from objstore.units import BLOCK_BYTES, REGION_BLOCKS
+from objstore.units import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +135,9 @@ def tail_rows(disk: Disk, start: int) -> list[TailRow]:
     return [TailRow(s.number, s.seal_crc, sum(1 << z for z in s.zones)) for s in sorted(found, key=lambda s: s.number)]
 
 
+@functools.lru_cache(1024)
 def zones_of_mask(mask: int) -> tuple[int, ...]:
-    """The zone numbers of a mask."""
+    """The zone numbers of a mask. Remembered: a table names the same few sets thousands of times."""
     return tuple(z for z in range(mask.bit_length()) if mask >> z & 1)
 
 
@@ -310,9 +313,9 @@ async def _replay(keeper: Keeper, tail: Tail, owed: FrozenAt | None) -> None:
             for region, ref in error.lost:
                 if disk.map.load(region, ref, UNKNOWN_REGION):
                     lost[region] = ref
-        for region, _ in wanted:
-            if region not in lost:
-                tally(_region(disk, region), 0, REGION_BLOCKS, before)
+        values = [_region(disk, region) for region, _ in wanted if region not in lost]
+        for key, count in tally_regions(value for value in values if value is not None).items():
+            before[key] = before.get(key, 0) + count
 
     async def copy(records: list[SurvivingRecord]) -> int:
         """The number of the first segment behind the copies."""

@@ -1,7 +1,7 @@
 """Scrub: every copy of everything is read and checked within a period, what is bad is replaced, what is lost is named.
 
 Two tasks. One makes passes: over the catalog, then over every VDI by the number of its log, its segments by theirs, its
-checkpoints; spread over the period, or as fast as the zones allow when somebody asks for it. The other repairs what
+checkpoints; spread over the period, or as fast as zones and clients allow when somebody asks. The other repairs what
 reads came upon. VDIs that nobody has open are opened for it and closed again.
 
 How far a pass has come is noted in each zone now and then (object `scrub`), so that a server that is restarted every
@@ -30,6 +30,7 @@ from objstore.log.disk import Disk
 from objstore.log.env import Env
 from objstore.log.segment import Segment, log_folder
 from objstore.replica.membership import Membership, epoch_name
+from objstore.replica.pace import Courtesy
 from objstore.replica.zone import run, run_long
 from objstore.volume.catalog import CATALOG_LOG, Catalog
 from objstore.volume.status import ScrubStatus
@@ -43,6 +44,9 @@ SETTLE_SECONDS: Final = 60.0
 """From opening a store to the first look at anything: clients that reconnect come first."""
 AT_ONCE: Final = 2
 """Segments looked at together by a pass that was asked for: while the slowest zone ends one the others go on."""
+CLIENTS_SHARE: Final = 0.01
+"""Part of the time that a pass that was asked for works while clients are active: what it does to the requests that
+meet it, 2 to 4 times their usual latency, stays out of their 99th percentile."""
 SPREAD: Final = 0.9
 """Part of the period that a pass takes."""
 SUSPECTS_MAX: Final = 1024
@@ -82,6 +86,7 @@ class Scrub:
         self._store = store
         self._env = store.env
         self._turn = asyncio.Semaphore(AT_ONCE)
+        self._courtesy = Courtesy(store.env.clock, lambda: store.env.requests, CLIENTS_SHARE)
         self._wake = asyncio.Event()
         self._closed = False
         self._requested = False
@@ -115,6 +120,7 @@ class Scrub:
     async def close(self) -> None:
         """End both after what they are doing."""
         self._closed = True
+        self._courtesy.release()
         self._env.on_bad_copy = lambda segment, zone: None
         self._wake.set()
         self._suspected.set()
@@ -293,6 +299,8 @@ class Scrub:
         disk = vdi.disk
         begin = self._note.segment if self._note.log == entry.log else 0
         numbers = sorted(n for n in (*disk.segments, *disk.dead) if n >= begin)
+        # A pass of the calendar's is spread anyway, and has a period to keep to.
+        courtesy = self._courtesy if self._on_demand else None
         healing: dict[int, asyncio.Task[Healed]] = {}
         try:
             for number in numbers:
@@ -300,8 +308,8 @@ class Scrub:
                     return
                 segment = disk.segments.get(number) or (disk.dead[number][0] if number in disk.dead else None)
                 if segment is not None and segment.sealed and segment.memory is None:
-                    healing[number] = self._env.loop.create_task(self._heal(segment, disk))
-                if len(healing) >= (AT_ONCE if self._on_demand else 1):
+                    healing[number] = self._env.loop.create_task(self._heal(segment, disk, courtesy))
+                if len(healing) >= (AT_ONCE if self._on_demand and not self._courtesy.crowded() else 1):
                     oldest = min(healing)
                     await healing.pop(oldest)
                     await self._advance(entry.log, oldest + 1)
@@ -344,16 +352,18 @@ class Scrub:
                     self._repaired += 1
         for segment in [s for s in env.segments.values() if s.log == CATALOG_LOG]:
             if segment.sealed and segment.memory is None:
-                await self._heal(segment, None)
+                await self._heal(segment, None, self._courtesy if self._on_demand else None)
 
     # -- one object -------------------------------------------------------------------------------------------------
 
-    async def _heal(self, segment: Segment, disk: Disk | None, level: int = logging.WARNING) -> Healed:
-        """level: of the report of copies that were bad and are replaced."""
+    async def _heal(
+        self, segment: Segment, disk: Disk | None, courtesy: Courtesy | None, level: int = logging.WARNING
+    ) -> Healed:
+        """courtesy: see `heal`. level: of the report of copies that were bad and are replaced."""
         env = self._env
         async with self._turn:
             zones = env.serving(segment.zones)
-            healed = await heal(env, segment, zones)
+            healed = await heal(env, segment, zones, courtesy=courtesy)
             self._done += healed.read_bytes
             self._count(segment.name, len(zones), healed.bad, healed.repaired, level)
             lost = healed.lost
@@ -365,7 +375,10 @@ class Scrub:
     async def _heal_checkpoint(self, vdi: Vdi, number: int) -> None:
         disk, keeper = vdi.disk, vdi.keeper
         zones = self._env.serving(disk.checkpoint_zones(number))
+        began = self._env.clock.monotonic()
         healed = await heal_checkpoint(self._env, disk.log, number, zones)
+        if self._on_demand:
+            await self._courtesy.make_way(self._env.clock.monotonic() - began)
         self._done += healed.read_bytes
         if number not in keeper.sizes:
             # It was given up meanwhile; what was put back is not in anybody's way, but nobody wants it either.
@@ -418,7 +431,7 @@ class Scrub:
                         continue
                     if not segment.sealed or segment.memory is not None:
                         continue
-                    healed = await self._heal(segment, vdi.disk, logging.INFO)  # the read has complained already
+                    healed = await self._heal(segment, vdi.disk, None, logging.INFO)  # the read has complained already
                     self._read_repairs += len(healed.repaired)
                     for z in zones:
                         segment.drop_handle(z)  # it may have been opened before somebody else's repair

@@ -23,10 +23,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, fio, ours, report
+from tests.bench import copies, faults, fio, ours, report
 from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, NAMES, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
+from tests.bench.sizes import size
+from tests.support.powercut_control import why_not
 
 NOTE: Final = (
     "filled first, the fill ended with a flush: our VDI is in write-back mode, as the page cache is for the others; "
@@ -39,13 +41,15 @@ OPEN_SECONDS_MAX: Final = 2.0
 P99_RATIO_MAX: Final = 3.0
 SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX = 0.7, 1.2
 RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
+PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
 DEGRADED_RATIOS_MIN: Final = {"write": 0.9, "read": 0.95}
 
 
-def size(text: str) -> int:
-    """A number of bytes, with K, M, G or T."""
-    shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper())
-    return int(text) if shift is None else int(text[:-1]) << shift
+def _spread(values: Sequence[float], factor: float) -> str:
+    """Median, and the least and the most of several."""
+    scaled = [value * factor for value in values]
+    middle = statistics.median(scaled)
+    return f"{middle:.0f}" if len(values) < 2 else f"{middle:.0f} ({min(scaled):.0f}-{max(scaled):.0f})"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="results (default: bench-results)")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.add_argument("--log-bytes", type=size, default=4 << 30, help="open-crash: bytes written (default 4G)")
+    parser.add_argument("--long-log-bytes", type=size, default=64 << 30, help="open-long: log (default 64G)")
     parser.add_argument("--turns", type=int, default=8, help="space: how often to overwrite the disk (default 8)")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.names) - set(NAMES))
@@ -175,6 +180,16 @@ class Bench:
         text = f"{seconds:.2f} s after {self.options.log_bytes / 2**30:g} GiB of single-block writes"
         self.singles.append(Single("open-crash", text, "2 s", seconds < OPEN_SECONDS_MAX, {"seconds": seconds}))
 
+    def run_open_long(self) -> None:
+        result = ours.open_long(self.apart, self.options.long_log_bytes, self.options.rounds)
+        seconds = statistics.median(result.seconds)
+        text = (
+            f"{_spread(result.seconds, 1e3)} ms behind {self.options.long_log_bytes / 2**30:g} GiB of log,"
+            f" {_spread([float(value) for value in result.peak_bytes], 1e-6)} MB at the peak"
+        )
+        self.singles.append(Single("open-long", text, "2 s", seconds < OPEN_SECONDS_MAX, asdict(result)))
+        say(f"open-long: {text}")
+
     def run_space(self) -> None:
         result = ours.space(self.apart, self.options.turns)
         worst = max(result.bytes_max.values(), default=0)
@@ -189,30 +204,54 @@ class Bench:
         text = f"{result.p99_seconds * 1e6:.0f} us, {ratio:.2f} times that of the first quarter of a turn"
         self.singles.append(Single("space-p99", text, "3 times", ratio <= P99_RATIO_MAX, {"ratio": ratio}))
 
-    def _ratio(self, name: str, text: str, ratio: float, limit: float, *, most: bool = False) -> None:
+    def _ratio(
+        self,
+        name: str,
+        text: str,
+        ratio: float,
+        limit: float,
+        *,
+        most: bool = False,
+        data: dict[str, Any] | None = None,
+    ) -> None:
         met = ratio <= limit if most else ratio >= limit
-        self.singles.append(Single(name, text, f"{limit:g} times", met, {"ratio": ratio}, least=not most))
+        data = {"ratio": ratio, **(data or {})}
+        self.singles.append(Single(name, text, f"{limit:g} times", met, data, least=not most))
         say(f"{name}: {text}")
 
     def run_scrub(self) -> None:
         result = copies.scrub(self.apart, self.options.rounds, self.options.seconds)
-        rates = (statistics.median(result.scrub_rates) / 1e6, statistics.median(result.loop_rates) / 1e6)
-        text = f"{rates[0]:.0f} MB/s, {result.ratio:.2f} times a plain loop ({rates[1]:.0f} MB/s)"
-        self._ratio("scrub", text, result.ratio, SCRUB_RATIO_MIN)
-        self._p99("scrub-p99", result.p99_alone_seconds, result.p99_beside_seconds, SCRUB_P99_RATIO_MAX)
+        self._beside("scrub", "a plain loop", result, SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX)
 
     def run_recovery(self) -> None:
-        result = copies.recovery(self.apart, self.options.seconds)
-        text = (
-            f"{result.recovery_rate / 1e6:.0f} MB/s, {result.ratio:.2f} times cp -r and sync"
-            f" ({result.copy_rate / 1e6:.0f} MB/s)"
-        )
-        self._ratio("recovery", text, result.ratio, RECOVERY_RATIO_MIN)
-        self._p99("recovery-p99", result.p99_alone_seconds, result.p99_beside_seconds, RECOVERY_P99_RATIO_MAX)
+        result = copies.recovery(self.apart, self.options.rounds, self.options.seconds)
+        self._beside("recovery", "cp -r and sync", result, RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX)
 
-    def _p99(self, name: str, alone: float, beside: float, limit: float) -> None:
-        text = f"{beside * 1e6:.0f} us, {beside / alone:.2f} times that without ({alone * 1e6:.0f} us)"
-        self._ratio(name, text, beside / alone, limit, most=True)
+    def _beside(self, name: str, peer: str, result: copies.BesideResult, least: float, p99_most: float) -> None:
+        text = (
+            f"{_spread(result.rates, 1e-6)} MB/s, {result.ratio:.2f} times {peer}"
+            f" ({_spread(result.peer_rates, 1e-6)} MB/s)"
+        )
+        self._ratio(name, text, result.ratio, least, data=asdict(result))
+        text = (
+            f"{_spread(result.beside, 1e6)} us, {result.p99_ratio:.2f} times that without"
+            f" ({_spread(result.alone, 1e6)} us), at {_spread(result.beside_rates, 1e-6)} MB/s"
+        )
+        self._ratio(f"{name}-p99", text, result.p99_ratio, p99_most, most=True)
+
+    def run_pause(self) -> None:
+        reason = why_not()
+        if reason is not None:
+            say(f"pause: left out, {reason}")
+            return
+        for what, (operations, number) in {**faults.ERRORS, **faults.HANGS}.items():
+            found = [faults.pause(self.apart, operations, number) for _ in range(self.options.rounds)]
+            limit = PAUSE_SECONDS_MAX if number else faults.DEADLINE_SECONDS + HANG_SECONDS_MAX
+            before, after = [pair[0] for pair in found], [pair[1] for pair in found]
+            text = f"{_spread(after, 1e3)} ms, the longest write + flush before {_spread(before, 1e3)} ms"
+            met = statistics.median(after) < limit
+            self.singles.append(Single(f"pause {what}", text, f"{limit:g} s", met, {"before": before, "after": after}))
+            say(f"pause {what}: {text}")
 
     def run_degraded(self) -> None:
         result = copies.degraded(self.apart, self.options.rounds, self.options.seconds)
@@ -245,12 +284,20 @@ class Bench:
         if KINDS[self.ours].keeps_data:
             if "open-crash" in wanted:
                 self.run_open_crash()
+            if "open-long" in wanted:
+                self.run_open_long()
             if "space" in wanted:
                 self.run_space()
+            runs = {
+                "scrub": self.run_scrub,
+                "recovery": self.run_recovery,
+                "degraded": self.run_degraded,
+                "pause": self.run_pause,
+            }
             for case in COPIES_CASES:
                 if case in wanted:
-                    {"scrub": self.run_scrub, "recovery": self.run_recovery, "degraded": self.run_degraded}[case]()
-        elif wanted & {"open-crash", "space", *COPIES_CASES}:
+                    runs[case]()
+        elif wanted & {"open-crash", "open-long", "space", *COPIES_CASES}:
             say(f"{self.ours} keeps nothing: what looks into its store is left out")
 
     def close(self) -> None:

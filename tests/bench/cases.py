@@ -106,5 +106,14 @@ FIO_CASES: Final = (
 
 CPU: Final = "cpu"
 CPU_CASES: Final = ("read-qd1", "read-qd32", "write-qd1", "write-qd32")
-COPIES_CASES: Final = ("scrub", "recovery", "degraded")
-NAMES: Final = (*(case.name for case in FIO_CASES), CPU, "open-clean", "open-crash", "space", "rss", *COPIES_CASES)
+COPIES_CASES: Final = ("scrub", "recovery", "degraded", "pause")
+NAMES: Final = (
+    *(case.name for case in FIO_CASES),
+    CPU,
+    "open-clean",
+    "open-crash",
+    "open-long",
+    "space",
+    "rss",
+    *COPIES_CASES,
+)

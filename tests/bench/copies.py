@@ -4,8 +4,10 @@ import os
 import shutil
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +20,8 @@ from tests.bench.servers import ZONES, Server
 
 CHUNK_BYTES: Final = 1 << 20
 POLL_SECONDS: Final = 0.02
+SELDOM_SECONDS: Final = 0.5
+"""Between questions to a server whose clients are timed: an answer takes its event loop a millisecond."""
 FILL: Final = {"rw": "write", "bs": "1m", "iodepth": "8", "end_fsync": "1"}
 READ: Final = {"rw": "randread", "bs": "4k", "iodepth": "4"}
 WRITE: Final = {"rw": "randwrite", "bs": "4k", "iodepth": "32"}
@@ -25,31 +29,26 @@ LIGHT: Final = {"rw": "randrw", "bs": "4k", "iodepth": "4", "rate_iops": "1000,1
 
 
 @dataclass(frozen=True)
-class ScrubResult:
-    """Bytes a second; p99 of a light load without and with a scrub beside it."""
+class BesideResult:
+    """Work in the background against the same work of a plain tool, and what it does to clients.
 
-    scrub_rates: list[float]
-    loop_rates: list[float]
-    p99_alone_seconds: float
-    p99_beside_seconds: float
+    rates, peer_rates: bytes a second of each round. alone, beside: p99 in seconds of a light load, without and with the
+    work going on all the time. beside_rates: bytes a second of the work meanwhile.
+    """
 
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.scrub_rates) / statistics.median(self.loop_rates)
-
-
-@dataclass(frozen=True)
-class RecoveryResult:
-    """Bytes a second of copying one zone; p99 of a light load without and with a recovery beside it."""
-
-    recovery_rate: float
-    copy_rate: float
-    p99_alone_seconds: float
-    p99_beside_seconds: float
+    rates: list[float]
+    peer_rates: list[float]
+    alone: list[float]
+    beside: list[float]
+    beside_rates: list[float]
 
     @property
     def ratio(self) -> float:
-        return self.recovery_rate / self.copy_rate
+        return statistics.median(self.rates) / statistics.median(self.peer_rates)
+
+    @property
+    def p99_ratio(self) -> float:
+        return statistics.median(self.beside) / statistics.median(self.alone)
 
 
 @dataclass(frozen=True)
@@ -126,87 +125,160 @@ def scrub_once(server: Server) -> float:
         client.close()
 
 
-def p99(server: Server, seconds: float, beside: Callable[[], object] | None = None) -> float:
-    """Of reads and writes at a fixed rate; `beside` is begun first."""
-    if beside is not None:
-        beside()
+def p99(server: Server, seconds: float) -> float:
+    """Of reads and writes at a fixed rate, of those that are slower."""
     runtime = {"time_based": "1", "runtime": f"{round(seconds)}s"}
     return fio.run(server, {**LIGHT, **runtime, "size": str(server.size_bytes)}).p99_seconds
 
 
-def scrub(server: Server, rounds: int, seconds: float) -> ScrubResult:
+def warm(server: Server) -> None:
+    """What reads need is in the page cache, as it is on a server that has run for a while."""
+    fio.run(server, {"rw": "read", "bs": "1m", "iodepth": "8", "size": str(server.size_bytes)})
+
+
+class _Scrubbing(threading.Thread):
+    """One pass after the other, until `end`; `bytes_done` of all of them."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.bytes_done = 0
+        self._client = control(server)
+        self._ended = threading.Event()
+        self._client.start_scrub()
+
+    def run(self) -> None:
+        done = 0
+        while not self._ended.wait(SELDOM_SECONDS):
+            status = self._client.scrub_status()
+            if not status.running:
+                self.bytes_done += status.bytes_total
+                self._client.start_scrub()
+            done = status.bytes_done if status.running else 0
+        self.bytes_done += done
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
+        while self._client.scrub_status().running:
+            time.sleep(POLL_SECONDS)
+        self._client.close()
+
+
+def scrub(server: Server, rounds: int, seconds: float) -> BesideResult:
     """A pass over everything against a plain loop over the same files, neither of them in the page cache."""
     filled(server)
     folders = [server.data / zone for zone in ZONES]
-    scrub_rates, loop_rates = [], []
+    result = BesideResult([], [], [], [], [])
     for number in range(rounds):
-        for what in (0, 1) if number % 2 else (1, 0):
+        for ours in (True, False) if number % 2 else (False, True):
             forget(folders)
-            if what:
-                scrub_rates.append(scrub_once(server))
+            if ours:
+                result.rates.append(scrub_once(server))
             else:
-                loop_rates.append(plain_loop(folders))
-    alone = p99(server, seconds)
-    client = control(server)
-
-    def beside() -> None:
-        client.start_scrub()
-
-    with_scrub = p99(server, seconds, beside)
-    client.close()
+                result.peer_rates.append(plain_loop(folders))
+    warm(server)
+    for number in range(rounds):
+        for beside in (True, False) if number % 2 else (False, True):
+            if not beside:
+                result.alone.append(p99(server, seconds))
+                continue
+            scrubbing = _Scrubbing(server)
+            scrubbing.start()
+            began = time.monotonic()
+            result.beside.append(p99(server, seconds))
+            took = time.monotonic() - began
+            scrubbing.end()
+            result.beside_rates.append(scrubbing.bytes_done / took)
     server.stop()
-    return ScrubResult(scrub_rates, loop_rates, alone, with_scrub)
+    return result
 
 
-def recovery(server: Server, seconds: float) -> RecoveryResult:
+def recovery(server: Server, rounds: int, seconds: float) -> BesideResult:
     """A zone is lost and a new one takes its place, against `cp -r` of the lost zone and a sync."""
     filled(server)
-    server.stop()
-    lost, aside = server.data / ZONES[2], server.data / "aside"
-    forget([lost])
-    began = time.monotonic()
-    subprocess.run(["cp", "-r", str(lost), str(aside)], check=True)
-    settle(server)
-    copied = sum(path.stat().st_size for path in files([aside]))
-    copy_rate = copied / (time.monotonic() - began)
-    shutil.rmtree(aside)
-    shutil.rmtree(lost)
-    server.start()
-    alone = p99(server, seconds)
-    recovery_rate = _replace(server, lost, "new-1")
-    server.stop()
-    shutil.rmtree(server.data / "new-1")
-    server.start()
-    beside = p99(server, seconds, lambda: _begin_replacing(server, server.data / "new-1", "new-2"))
-    server.stop()
-    return RecoveryResult(recovery_rate, copy_rate, alone, beside)
-
-
-def _begin_replacing(server: Server, lost: Path, name: str) -> None:
-    new = server.data / name
-    new.mkdir()
-    client = control(server)
-    client.change_zones("replace", str(lost), path=str(new))
-    client.close()
-
-
-def _replace(server: Server, lost: Path, name: str) -> float:
-    """Bytes a second from the first copy that recovery makes to its end, a sync included."""
-    _begin_replacing(server, lost, name)
-    client = control(server)
-    try:
-        while not (status := client.recovery_status()).bytes_total:
-            time.sleep(POLL_SECONDS)
-        began = time.monotonic()
-        while status.running:
-            time.sleep(POLL_SECONDS)
+    result = BesideResult([], [], [], [], [])
+    zone = server.data / ZONES[2]
+    for number in range(rounds):
+        for ours in (True, False) if number % 2 else (False, True):
+            if ours:
+                new = server.data / f"new-{number}"
+                _lose(server, zone)
+                result.rates.append(_replace(server, zone, new))
+                zone = new
+                settle(server)
+            else:
+                server.stop()
+                result.peer_rates.append(_copy(server, zone))
+    for number in range(rounds):
+        server.stop()
+        server.start()
+        server.flush()
+        warm(server)
+        result.alone.append(p99(server, seconds))
+        new = server.data / f"beside-{number}"
+        _lose(server, zone)
+        server.flush()
+        warm(server)
+        with closing(control(server)) as client:
+            _begin_replacing(client, zone, new)
+            before, began = client.recovery_status().bytes_done, time.monotonic()
+            result.beside.append(p99(server, seconds))
             status = client.recovery_status()
-        if status.copies_missing or status.problems:
-            raise RuntimeError(f"recovery did not end well: {status}")
-        settle(server)
-        return status.bytes_done / (time.monotonic() - began)
-    finally:
-        client.close()
+            result.beside_rates.append((status.bytes_done - before) / (time.monotonic() - began))
+            if not status.running:
+                raise RuntimeError("the recovery had ended before the load: give a larger --size")
+            _recovered(server, client)
+        zone = new
+    server.stop()
+    return result
+
+
+def _lose(server: Server, zone: Path) -> None:
+    """The server runs, without that zone; what it reads from others is not in the page cache."""
+    server.stop()
+    shutil.rmtree(zone)
+    forget([folder for folder in server.data.iterdir() if folder.is_dir()])
+    server.start()
+
+
+def _copy(server: Server, zone: Path) -> float:
+    """Bytes a second of `cp -r` and a sync."""
+    aside = server.data / "aside"
+    forget([zone])
+    began = time.monotonic()
+    subprocess.run(["cp", "-r", str(zone), str(aside)], check=True)
+    settle(server)
+    seconds = time.monotonic() - began
+    copied = sum(path.stat().st_size for path in files([aside]))
+    shutil.rmtree(aside)
+    settle(server)
+    return copied / seconds
+
+
+def _begin_replacing(client: ControlClient, lost: Path, new: Path) -> None:
+    """Return when recovery knows what to copy."""
+    new.mkdir()
+    client.change_zones("replace", str(lost), path=str(new))
+    while not client.recovery_status().bytes_total:
+        time.sleep(POLL_SECONDS)
+
+
+def _recovered(server: Server, client: ControlClient) -> int:
+    """Bytes that recovery has copied by its end, a sync included."""
+    while (status := client.recovery_status()).running:
+        time.sleep(POLL_SECONDS)
+    if status.copies_missing or status.problems:
+        raise RuntimeError(f"recovery did not end well: {status}")
+    settle(server)
+    return status.bytes_done
+
+
+def _replace(server: Server, lost: Path, new: Path) -> float:
+    """Bytes a second from the first copy that recovery makes to its end, a sync included."""
+    with closing(control(server)) as client:
+        _begin_replacing(client, lost, new)
+        began = time.monotonic()
+        return _recovered(server, client) / (time.monotonic() - began)
 
 
 def degraded(server: Server, rounds: int, seconds: float) -> DegradedResult:

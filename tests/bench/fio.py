@@ -22,7 +22,8 @@ BASE: Final = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run of fio. Latencies are from sending a request to its answer; cpu is the server's."""
+    """One run of fio. Latencies are from sending a request to its answer, of a mixed load those of the slower
+    direction; cpu is the server's."""
 
     requests_per_second: float
     bytes_per_second: float
@@ -54,8 +55,9 @@ def run(server: Server, options: dict[str, str]) -> Measurement:
     if finished.returncode or not report:
         raise RuntimeError(f"fio against {server.kind.name}: {finished.stderr or finished.stdout}")
     job: dict[str, Any] = json.loads(report)["jobs"][0]
-    direction = job["write"] if "write" in options["rw"] else job["read"]
-    percentiles = direction["clat_ns"]["percentile"]
+    directions = [job[name] for name in ("write", "read") if job[name]["total_ios"]]
+    direction = directions[0]
+    percentiles = max((each["clat_ns"]["percentile"] for each in directions), key=lambda found: found["99.000000"])
     requests = direction["total_ios"]
     return Measurement(
         requests_per_second=requests / (direction["runtime"] / 1e3),

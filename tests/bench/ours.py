@@ -1,12 +1,16 @@
 """The cases that look into our server alone: opening after a crash, space while overwriting, memory."""
 
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from typing import Final
 
 from tests.bench import fio
-from tests.bench.servers import Server
+from tests.bench.servers import REPOSITORY, ZONES, Server
 
 SAMPLE_SECONDS: Final = 0.2
 MIB: Final = 1 << 20
@@ -18,8 +22,8 @@ SINGLE_RECORDS: Final = {"rw": "randwrite", "bs": "4k", "iodepth": "1", "end_fsy
 def open_after_crash(server: Server, data_bytes: int) -> float:
     """Seconds from start to first read after kill -9 behind data_bytes of single-block writes in random order.
 
-    One request in flight at a time makes one record of each; the fsync at the end puts all of them behind the last
-    checkpoint that the server chose to make, and the kill comes right after it.
+    The fsync at the end makes them durable, and the kill comes right after it: what lies behind the newest checkpoint
+    then is chance. `open_long` has the worst of it.
     """
     server.wipe()
     server.start()
@@ -29,6 +33,40 @@ def open_after_crash(server: Server, data_bytes: int) -> float:
     seconds = server.start()
     server.stop()
     return seconds
+
+
+@dataclass(frozen=True)
+class OpenResult:
+    """Of each round: seconds from start to first read, resident memory at its peak until then."""
+
+    seconds: list[float]
+    peak_bytes: list[int]
+
+
+def open_long(server: Server, log_bytes: int, rounds: int) -> OpenResult:
+    """Open what `longlog` leaves behind. Each round has a copy of its own, which is in the page cache as after a kill;
+    none is read before."""
+    server.wipe()
+    made = server.data / "made"
+    folders = [made / zone for zone in ZONES]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    sizes = ["--bytes", str(log_bytes), "--size", str(log_bytes + log_bytes // 8 + (1 << 30))]
+    command = [sys.executable, "-m", "tests.bench.longlog", *sizes, *map(str, folders)]
+    done = subprocess.run(command, cwd=REPOSITORY, check=False)
+    if done.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the long log was not made: exit code {done.returncode}")
+    result = OpenResult([], [])
+    for _ in range(rounds):
+        for folder in folders:
+            shutil.rmtree(server.data / folder.name)
+            subprocess.run(["cp", "-a", "--sparse=always", str(folder), str(server.data)], check=True)
+        subprocess.run(["sync", "-f", str(server.data)], check=True)
+        result.seconds.append(server.start())
+        result.peak_bytes.append(server.rss_bytes()[1])
+        server.kill()
+    shutil.rmtree(made)
+    return result
 
 
 @dataclass(frozen=True)

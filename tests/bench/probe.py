@@ -1,4 +1,4 @@
-"""The few NBD messages that the benchmark sends by itself: is it serving, one read, one flush. Blocking.
+"""The few NBD messages that the benchmark sends by itself: is it serving, one read, one write, one flush. Blocking.
 
 Spec: proto.md, "Newstyle negotiation", "Transmission phase". No structured replies.
 """
@@ -17,7 +17,7 @@ REQUEST_MAGIC: Final = 0x25609513
 REPLY_MAGIC: Final = 0x67446698
 OPT_EXPORT_NAME: Final = 1
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
-CMD_READ, CMD_DISC, CMD_FLUSH = 0, 2, 3
+CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH = 0, 1, 2, 3
 POLL_SECONDS: Final = 0.001
 
 
@@ -44,6 +44,9 @@ class Probe:
         self._call(CMD_READ, offset_bytes, length_bytes)
         return self._receive(length_bytes)
 
+    def write(self, offset_bytes: int, data: bytes) -> None:
+        self._call(CMD_WRITE, offset_bytes, len(data), data)
+
     def flush(self) -> None:
         self._call(CMD_FLUSH, 0, 0)
 
@@ -55,11 +58,11 @@ class Probe:
             self._send(CMD_DISC, 0, 0)
         self._socket.close()
 
-    def _send(self, command: int, offset_bytes: int, length_bytes: int) -> None:
-        self._socket.sendall(struct.pack(">IHHQQI", REQUEST_MAGIC, 0, command, 1, offset_bytes, length_bytes))
+    def _send(self, command: int, offset_bytes: int, length_bytes: int, data: bytes = b"") -> None:
+        self._socket.sendall(struct.pack(">IHHQQI", REQUEST_MAGIC, 0, command, 1, offset_bytes, length_bytes) + data)
 
-    def _call(self, command: int, offset_bytes: int, length_bytes: int) -> None:
-        self._send(command, offset_bytes, length_bytes)
+    def _call(self, command: int, offset_bytes: int, length_bytes: int, data: bytes = b"") -> None:
+        self._send(command, offset_bytes, length_bytes, data)
         magic, error, _ = struct.unpack(">IIQ", self._receive(16))
         if magic != REPLY_MAGIC or error:
             raise ConnectionError(f"command {command} was answered with error {error}")

@@ -127,6 +127,15 @@ class TestForms:
         scattered = array("Q", [BASE + 2 * index for index in range(REGION_BLOCKS)])
         assert tally_regions([scattered] * 1500) == {BASE >> BLOCK_BITS: 1500 * REGION_BLOCKS}
 
+    @pytest.mark.parametrize("far", [1, 1 << 14])
+    def test_tally_of_segments_of_several_logs_and_far_apart(self, far: int) -> None:
+        entries = [pack(log, 7 + far * (index % 3), 1 + index) for index in range(512) for log in (3, 9)]
+        table = splice(None, 10, 20, pack(1 << 15, 1, 5), TABLE_RUNS_MAX)
+        assert table is not None
+        expected = Counter(entry >> BLOCK_BITS for entry in entries)
+        expected[pack(1 << 15, 1, 5) >> BLOCK_BITS] = 10
+        assert tally_regions([array("Q", entries), table]) == expected
+
 
 def test_the_last_write_to_a_block_is_kept() -> None:
     random = np.random.default_rng(3)
