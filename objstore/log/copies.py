@@ -296,7 +296,8 @@ async def heal(
         repaired: list[int] = []
         if repair and lost == ():
             for z in bad:
-                if await replace_copy(env, segment, z, image):
+                # A zone that is not to have one any more would keep a file that nobody knows.
+                if z in segment.zones and await replace_copy(env, segment, z, image):
                     repaired.append(z)
         return Healed(read_bytes, bad, tuple(repaired), lost, directory)
     finally:

@@ -57,6 +57,8 @@ class Shelves:
         buffers: list[memoryview] | None = None,
     ) -> None:
         """buffers: memory for copies that is used again and again; fresh memory for each costs as much as reading."""
+        self.unseen: dict[int, StoreError] = {}
+        """Zones that the last look could not compare, and why."""
         self.disk = disk
         self.keeper = keeper
         self._place = place
@@ -70,6 +72,7 @@ class Shelves:
         too, 30 us each and a seek.
         """
         disk, keeper, env = self.disk, self.keeper, self._env
+        self.unseen.clear()
         if disk.writer.error is not None:
             # Its end may be on zones that were out, and is taken over only when the log is opened anew.
             raise Unavailable(f"log {disk.log} has stopped: {disk.writer.error}")
@@ -109,6 +112,7 @@ class Shelves:
             return await run_long(self._env.executor, zone, self._env.zones[zone].backend.list, folder)
         except StoreError as error:
             log.warning("a zone can't be looked at zone=%r: %s", self._env.zones[zone], error)
+            self.unseen[zone] = error
             return None
 
     async def _other_seals(self, zone: int, files: list[Entry], settled: list[Segment]) -> frozenset[int]:
@@ -125,6 +129,7 @@ class Shelves:
                 other = await run_long(env.executor, zone, other_seals, backend, env.store_id, self.disk.log, part)
             except StoreError as error:
                 log.warning("a zone can't be looked at zone=%r: %s", env.zones[zone], error)
+                self.unseen[zone] = error
                 break
             found.update(other)
         return frozenset(found)
@@ -251,8 +256,14 @@ class Shelves:
                     segment.drop_handle(z)
                     gone.append((segment, z))
         if gone or any(item.is_checkpoint and item.extra for item in items):
-            for _ in range(2):
-                await self.keeper.checkpoint()
+            try:
+                for _ in range(2):
+                    await self.keeper.checkpoint()
+            except StoreError:
+                # Not given up yet: what no table names is removed by the next look, and the newest ones still name it.
+                for segment, z in gone:
+                    segment.zones = tuple(sorted({*segment.zones, z}))
+                raise
         for segment, z in gone:
             if z in env.in_service and z not in segment.zones:
                 await self._remove(z, segment.name)

@@ -246,11 +246,14 @@ class Recovery:
             async with self._opened(entry) as vdi:
                 if vdi is None:
                     continue
+                shelves = self._shelves(vdi)
                 try:
-                    found = await self._shelves(vdi).look(unsure)
+                    found = await shelves.look(unsure)
                 except StoreError as error:
                     self._problems.append(f"VDI {entry.name}: {error}")
                     continue
+                for z, error in shelves.unseen.items():
+                    self._problems.append(f"VDI {entry.name}: {self._env.zones[z]!r} can't be looked at: {error}")
                 for item in found:
                     self._held.update(item.extra)
                     if not item.have:

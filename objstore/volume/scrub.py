@@ -368,8 +368,12 @@ class Scrub:
             self._count(segment.name, len(zones), healed.bad, healed.repaired, level)
             lost = healed.lost
             if lost != () and disk is not None:
-                blocks = await disk.damage.note_segment(disk, segment, healed.directory, lost)
-                log.error("no zone has all of a segment segment=%s blocks_in_use=%d", segment.name, blocks)
+                try:
+                    blocks = await disk.damage.note_segment(disk, segment, healed.directory, lost)
+                except StoreError as error:  # a map page is lost too; repair and scrub of the rest go on
+                    log.error("the list of damaged blocks is not complete segment=%s: %s", segment.name, error)
+                else:
+                    log.error("no zone has all of a segment segment=%s blocks_in_use=%d", segment.name, blocks)
             return healed
 
     async def _heal_checkpoint(self, vdi: Vdi, number: int) -> None:

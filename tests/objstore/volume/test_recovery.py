@@ -1,26 +1,29 @@
 """Recovery and zone life: copies go where they should, whatever failed, came back, joined, drained or was removed."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 from objstore.backend.base import ZoneFailed
-from objstore.errors import Busy, Exists, InvalidRequest, NotFound, Unavailable
+from objstore.errors import Busy, Exists, InvalidRequest, NoSpace, NotFound, Unavailable
 from objstore.log import shelves
 from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
+from objstore.log.keeper import Keeper
 from objstore.log.segment import log_folder
+from objstore.replica.zone import Executor, run_long
 from objstore.units import MIB
 from objstore.volume import recovery, zones
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import LOG, ModelDisk
+from tests.support.serving import eventually
 from tests.support.stale import make_stale
 from tests.support.stepping import WatchedBackend, World, executor_of, failing, turns
 
 EXPECTED = (
     "is put out|is out of service|is out since|a copy is (missing|another segment's)|is back|failed and|"
     "stays until|can't be written|can't be looked at|old epoch records|can't be read|could not be copied|"
-    "could not be written"
+    "could not be written|recovery stopped for now: the zones are full"
 )
 
 
@@ -757,4 +760,63 @@ async def test_zones_that_are_left_alone_know_the_past(world: World) -> None:
     await world.kill()
     await world.open(here=[1, 3])
     await disk.open()
+    await disk.check()
+
+
+async def test_a_zone_that_could_not_be_listed_is_looked_at_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have lost anything, and a pass that ended well would be believed for ever."""
+    await filled(world)
+    await settle(world)
+    await world.stop()
+    name = world.names(1, log_folder(LOG))[0]
+    for storage in world.storages:
+        del storage.objects[recovery.NOTE_NAME]
+    del world.storages[1].objects[name]
+    left = 1
+
+    async def listed(executor: Executor, zone: int, function: Callable[..., object], *args: object) -> object:
+        nonlocal left
+        if left and zone == 1 and args == (log_folder(LOG),):
+            left -= 1
+            raise ZoneFailed("input/output error call=list")
+        return await run_long(executor, zone, function, *args)
+
+    monkeypatch.setattr(shelves, "run_long", listed)
+    await world.open()
+    assert world.store is not None
+    await eventually(lambda: not left)
+    await eventually(lambda: name in world.storages[1].objects)
+    await world.store.wait_for_recovery()
+    assert world.store.recovery.status().problems == []
+
+
+async def test_copies_that_are_given_up_stay_until_two_checkpoints_do_without_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = await filled(world)
+    await settle(world)
+    store = world.store
+    assert store is not None
+    before = copies_of(world)
+    checkpoint = Keeper.checkpoint
+    fails = True
+
+    async def failing_checkpoint(keeper: Keeper) -> None:
+        if fails and keeper is disk.vdi.keeper:
+            raise NoSpace("the zones are full")
+        await checkpoint(keeper)
+
+    monkeypatch.setattr(Keeper, "checkpoint", failing_checkpoint)
+    await store.set_copies("disk", 2)
+    await store.wait_for_recovery()
+    assert "the zones are full" in store.recovery.status().problems[0]
+    for _ in range(3):
+        await recover(world)
+    assert copies_of(world) == before
+    fails = False
+    await recover(world)
+    await settle(world)
+    assert all(len(where) == 2 for where in copies_of(world).values())
     await disk.check()

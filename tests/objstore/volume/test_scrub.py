@@ -215,6 +215,33 @@ async def test_a_read_that_meets_a_bad_copy_has_it_replaced(world: World, expect
     assert (await world.store.status()).health == "ok"
 
 
+async def test_what_can_not_be_listed_as_damaged_ends_neither_repair_nor_scrub(
+    world: World, expected_warnings: ExpectedWarnings
+) -> None:
+    """Which blocks of a disk a lost block was is in a map page that is lost too."""
+    expected_warnings.allow("a copy is bad|no zone has a|list of damaged blocks is not complete|checkpoint")
+    disk = await filled(world)
+    await world.stop()
+    await world.open()
+    await disk.open()
+    assert world.store is not None
+    page = disk.vdi.keeper.root.get(0)
+    world.damage(checkpoint_name(LOG, page.checkpoint), page.offset + 100)
+    lost, bad = (s for s in disk.vdi.disk.segments.values() if s.sealed and s.name in disk.segments[:2])
+    whole = objects(world, 1)[bad.name]
+    world.damage(lost.name, 2 * BLOCK_BYTES)
+    world.damage(bad.name, 2 * BLOCK_BYTES, zones=[1])
+    world.store.scrub.suspect(lost, 0)
+    await turns(100)
+    world.store.scrub.suspect(bad, 1)
+    await turns(100)
+    assert objects(world, 1)[bad.name] == whole
+    world.damage(bad.name, 2 * BLOCK_BYTES, zones=[2])
+    await scrub(world)
+    assert objects(world, 2)[bad.name] == whole
+    assert world.store.scrub.status().skipped == []
+
+
 async def test_a_copy_that_cannot_be_replaced_is_reported_until_it_is(
     world: World, expected_warnings: ExpectedWarnings
 ) -> None:
