@@ -252,8 +252,8 @@ class Recovery:
                 except StoreError as error:
                     self._problems.append(f"VDI {entry.name}: {error}")
                     continue
-                for z, error in shelves.unseen.items():
-                    self._problems.append(f"VDI {entry.name}: {self._env.zones[z]!r} can't be looked at: {error}")
+                for z, reason in shelves.unseen.items():
+                    self._problems.append(f"VDI {entry.name}: {self._env.zones[z]!r} can't be looked at: {reason}")
                 for item in found:
                     self._held.update(item.extra)
                     if not item.have:
