@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from objstore.log.lane import FULL_RETRY_SECONDS
 from objstore.volume.directories import lock_note
 from tests.crash.load import check_image, write_until_gone
 from tests.crash.server import RealServer
@@ -147,7 +148,8 @@ async def test_a_zone_finds_no_space_where_it_was_set_aside(disks: list[PowerCut
             writes = asyncio.create_task(flushed_writes(server, REQUESTS_BEFORE + 500, reached))
             await reached.wait()
             await asyncio.to_thread(disks[1].fault, "zone", ("write",), errno.ENOSPC)
-            await asyncio.sleep(3 * DEADLINE_SECONDS)  # as long as the zone is full
+            retries = int(3 * DEADLINE_SECONDS / FULL_RETRY_SECONDS)  # it lags far longer than its deadline
+            await eventually(lambda: server.last_words().count("a write waits for space") >= retries)
             assert not writes.done()
             await asyncio.to_thread(disks[1].clear)
             await writes
