@@ -67,20 +67,21 @@ def knobs_of(bug: str) -> Knobs:
 
 
 def look_for(bug: str, seeds: int = SEEDS_MAX, *, all_seeds: bool = False) -> Caught:
-    """Run seeds with the bug in this process, until one shows it or (all_seeds) all of them. RuntimeError: its switch
-    does not fit the code any more."""
+    """Run seeds with the bug in this process, until one shows it or (all_seeds) all of them. One that fails without the
+    bug too shows nothing. RuntimeError: the bug's switch does not fit the code any more."""
     caught, first, failure = 0, -1, ""
-    with deliberate(bug):
-        for seed in range(seeds):
+    for seed in range(seeds):
+        with deliberate(bug):
             result = run_one(seed, knobs=knobs_of(bug))
-            if result.failure:
-                if result.failure.startswith(_MISFITS):
-                    raise RuntimeError(f"the switch of {bug} breaks by itself: {result.failure}")
-                caught += 1
-                if first < 0:
-                    first, failure = seed, result.failure
-                if not all_seeds:
-                    return Caught(bug, seed + 1, 1, first, failure)
+        if result.failure.startswith(_MISFITS):
+            raise RuntimeError(f"the switch of {bug} breaks by itself: {result.failure}")
+        if not result.failure or run_one(seed, knobs=knobs_of(bug)).failure:
+            continue
+        caught += 1
+        if first < 0:
+            first, failure = seed, result.failure
+        if not all_seeds:
+            return Caught(bug, seed + 1, 1, first, failure)
     return Caught(bug, seeds, caught, first, failure)
 
 
