@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nbdserver.service import Ready
 
 
-LIBRARY_COMMANDS: Final = ("attr", "download", "upload", "map")
+LIBRARY_COMMANDS: Final = ("attr", "download", "upload", "allocate", "map")
 """Those of `vdi` that cli_library.py has."""
 
 
@@ -110,12 +110,12 @@ def administer(arguments: argparse.Namespace) -> None:
     looking = arguments.command == "status" or getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots")
     settings = StoreSettings() if config is None else config.store
     force = getattr(arguments, "force_open", False)
-    if getattr(arguments, "vdi_command", "") in LIBRARY_COMMANDS:
+    if arguments.command == "job" or getattr(arguments, "vdi_command", "") in LIBRARY_COMMANDS:
         from nbdserver.cli_library import COMMANDS as LIBRARY
         from nbdserver.cli_library import open_library
 
         with open_library(zones, settings, force=force) as store:
-            LIBRARY[arguments.vdi_command](store, arguments)
+            LIBRARY[getattr(arguments, "vdi_command", arguments.command)](store, arguments)
         return
     with open_admin(zones, settings, read_only=looking, force=force) as admin:
         if arguments.command == "status":

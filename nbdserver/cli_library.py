@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
+from nbdserver.cli_jobs import allocate, job
 from nbdserver.cli_output import print_json
 from nbdserver.cli_progress import progress
 from nbdserver.cli_transfer import download, show_map, upload
@@ -81,4 +82,6 @@ COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namesp
     "download": download,
     "upload": upload,
     "map": show_map,
+    "allocate": allocate,
+    "job": job,
 }

@@ -14,23 +14,36 @@ def add_transfers(
     any_name: Callable[[str], str],
     size: Callable[[str], int],
 ) -> None:
-    """`vdi download|upload|map`."""
+    """`vdi download|upload|allocate|map`."""
     download = add("download", "write what a VDI or a snapshot holds to stdout or a file, holes kept")
     upload = add("upload", "write stdin or a file to a VDI, holes kept")
+    allocate = add("allocate", "reserve space for the holes of a disk, so that they are no holes any more")
+    allocate.add_argument("--detach", action="store_true", help="don't wait for the end where a server goes on with it")
     listing = add("map", "show what is data, holes and reserved zeros")
     for parser, kind, metavar in (
         (download, any_name, "NAME[@TAG]"),
         (upload, name, "NAME"),
+        (allocate, name, "NAME"),
         (listing, any_name, "NAME[@TAG]"),
     ):
         parser.add_argument("name", metavar=metavar, type=kind)
-        if parser is not listing:
+        if parser in (download, upload):
             parser.add_argument("file", metavar="FILE", nargs="?", default="-", help="-: the standard stream")
         parser.add_argument("--offset", metavar="SIZE", type=size, default=0, help="where to begin (default: 0)")
         parser.add_argument("--length", metavar="SIZE", type=size, default=0, help="how much (default: to the end)")
         common(parser)
         force(parser)
     upload.add_argument("--zero-rest", action="store_true", help="zeros for what a short stream leaves of the range")
+
+
+def add_jobs(commands: argparse.ArgumentParser, common: Add) -> None:
+    """`job list|follow|abort`."""
+    kinds = commands.add_subparsers(dest="job_command", metavar="COMMAND", required=True)
+    common(kinds.add_parser("list", help="list the jobs that run, and those of the last day"))
+    for command, what in (("follow", "wait for the end of a job"), ("abort", "make a job end")):
+        parser = kinds.add_parser(command, help=what)
+        parser.add_argument("job_id", metavar="JOB", type=int)
+        common(parser)
 
 
 def add_attr(commands: argparse.ArgumentParser, common: Add, force: Add, name: Callable[[str], str]) -> None:

@@ -8,7 +8,15 @@ import msgspec
 
 from objstore.access.api import Status
 from objstore.units import format_size
-from objstore.volume.status import RecoveryStatus, ScrubStatus, SnapshotStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    JobStatus,
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 
 T = TypeVar("T")
 
@@ -93,6 +101,17 @@ def snapshot_details(snapshot: SnapshotStatus) -> str:
 def _snapshot_state(snapshot: SnapshotStatus) -> str:
     states = ["protected"] * snapshot.protected + ["attached"] * bool(snapshot.attached)
     return ", ".join([*states, *["VDI deleted"] * snapshot.vdi_deleted]) or "-"
+
+
+def job_table(jobs: Sequence[JobStatus]) -> str:
+    """One line for each job."""
+    rows = [("JOB", "KIND", "VDI", "STATE", "DONE", "OF", "STARTED", "LEFT")]
+    for job in jobs:
+        left = "" if job.seconds_left is None else _duration(job.seconds_left)
+        state = job.state + (f": {job.message}" if job.message else "")
+        done, total = format_size(job.bytes_done), format_size(job.bytes_total)
+        rows.append((str(job.job_id), job.kind, job.vdi, state, done, total, _moment(job.started), left))
+    return _table(rows)
 
 
 def damage_text(damage: VdiDamage) -> str:

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from nbdserver.control_data import AttributeOperations, AttributesOfVdis, Sessions
+from nbdserver.control_data import AttributeOperations, AttributesOfVdis, JobOperations, JobsOfStore, Sessions
 from nbdserver.operations import describe, operation, operations, route
 from objstore.access.api import (
     BODY_BYTES_MAX,
@@ -24,6 +24,7 @@ from objstore.access.api import (
     CreateVdi,
     ErrorReply,
     Protection,
+    Range,
     RecoveryRate,
     ServerStatus,
     Status,
@@ -34,6 +35,7 @@ from objstore.access.api import (
 from objstore.errors import Busy, Corrupt, InvalidRequest, StoreError
 from objstore.volume.base import VolumeSource
 from objstore.volume.status import (
+    JobStatus,
     RecoveryStatus,
     ScrubStatus,
     SnapshotStatus,
@@ -55,6 +57,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class ControlledStore(VolumeSource, Protocol):
     """What the control API needs of a store."""
 
+    @property
+    def jobs(self) -> JobsOfStore: ...
+    async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus: ...
     @property
     def attributes(self) -> AttributesOfVdis: ...
     async def status(self) -> StoreStatus: ...
@@ -88,8 +93,8 @@ class ControlServer:
         self._server_status = server_status
         self._path: Path | None = None
         self._sessions = Sessions(store)
-        attributes = AttributeOperations(store.attributes)
-        handlers = [*operations(self), *operations(attributes), *operations(self._sessions)]
+        owners = (self, AttributeOperations(store.attributes), JobOperations(store.jobs), self._sessions)
+        handlers = [pair for owner in owners for pair in operations(owner)]
         self.operations = [found for found, _ in handlers]
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_errors_as_json])
         app.add_routes([route(found, handler) for found, handler in handlers])
@@ -183,6 +188,11 @@ class ControlServer:
     async def get_damage(self, name: str) -> VdiDamage:
         """The parts of a VDI that no zone has whole, as far as is known."""
         return await self._store.damage(name)
+
+    @operation("POST", "/v1/vdis/{name}/allocate", status=202)
+    async def allocate_range(self, name: str, body: Range) -> JobStatus:
+        """Begin a job that reserves space for the holes of a range; length 0 = to the end."""
+        return await self._store.allocate(name, body.offset_bytes, body.length_bytes)
 
     @operation("PUT", "/v1/vdis/{name}/copies")
     async def set_copies(self, name: str, body: Copies) -> VdiStatus:

@@ -29,6 +29,7 @@ from objstore.access.api import (
 from objstore.access.local_vdi import LocalVdi
 from objstore.errors import Fenced, InvalidRequest
 from objstore.volume.base import VolumeSource
+from objstore.volume.status import JobStatus
 
 BODIES_MAX: Final = 32
 """Others wait before their bodies are read."""
@@ -74,6 +75,36 @@ class AttributeOperations:
     async def delete_attribute(self, name: str, key: str) -> None:
         """Remove an attribute."""
         await self._attributes.delete(name, key)
+
+
+class JobsOfStore(Protocol):
+    """objstore.volume.jobs.Jobs."""
+
+    def list(self) -> list[JobStatus]: ...
+    def get(self, job_id: int) -> JobStatus: ...
+    async def abort(self, job_id: int) -> JobStatus: ...
+
+
+class JobOperations:
+    """Jobs on VDIs."""
+
+    def __init__(self, jobs: JobsOfStore) -> None:
+        self._jobs = jobs
+
+    @operation("GET", "/v1/jobs")
+    async def list_jobs(self) -> list[JobStatus]:
+        """Jobs that run, and those of the last day."""
+        return self._jobs.list()
+
+    @operation("GET", "/v1/jobs/{job_id}")
+    async def get_job(self, job_id: int) -> JobStatus:
+        """One job."""
+        return self._jobs.get(job_id)
+
+    @operation("POST", "/v1/jobs/{job_id}/abort")
+    async def abort_job(self, job_id: int) -> JobStatus:
+        """Make a job end, and wait for that."""
+        return await self._jobs.abort(job_id)
 
 
 class Sessions:

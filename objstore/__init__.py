@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from objstore.volume.settings import StoreSettings
     from objstore.volume.status import (
         DamagedRange,
+        JobStatus,
         RecoveryStatus,
         ScrubStatus,
         StoreStatus,
@@ -64,6 +65,7 @@ __all__ = [
     "FormatError",
     "Hole",
     "InvalidRequest",
+    "JobStatus",
     "NewerFormat",
     "NoSpace",
     "NotFound",
@@ -92,6 +94,7 @@ _WHERE: Final = {
     "DamagedRange": "objstore.volume.status",
     "Extent": "objstore.volume.base",
     "Hole": "objstore.access.transfer",
+    "JobStatus": "objstore.volume.status",
     "RecoveryStatus": "objstore.volume.status",
     "ScrubStatus": "objstore.volume.status",
     "StoreSettings": "objstore.volume.settings",

@@ -22,7 +22,7 @@ from objstore.access.handle import VdiHandle
 from objstore.access.transfer import Hole, Stream
 from objstore.volume.base import Extent
 from objstore.volume.settings import MODES, StoreSettings
-from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
 
 T = TypeVar("T")
 
@@ -162,6 +162,7 @@ class BlockingConnection:
         self._runner = runner
         self._connection = connection
         self._closed = False
+        self.in_process = connection.in_process
 
     def __enter__(self) -> "BlockingConnection":
         return self
@@ -204,6 +205,26 @@ class BlockingConnection:
     def damage(self, name: str) -> VdiDamage:
         """See Connection."""
         return self._runner.run(self._connection.damage(name))
+
+    def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
+        """See Connection. In this process, without `background`, the job goes on while calls are under way alone."""
+        return self._runner.run(self._connection.allocate(name, offset_bytes, length_bytes))
+
+    def jobs(self) -> Iterator[JobStatus]:
+        """See Connection."""
+        return self._runner.each(self._connection.jobs())
+
+    def job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.job(job_id))
+
+    def wait_for_job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.wait_for_job(job_id))
+
+    def abort_job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.abort_job(job_id))
 
     def attributes(self, name: str) -> Iterator[str]:
         """See Connection."""

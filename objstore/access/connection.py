@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from objstore.access.handle import VdiHandle
 from objstore.access.pending import Pending
 from objstore.volume.settings import MODES
-from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
 
 
 class Connection(ABC):
@@ -15,6 +15,9 @@ class Connection(ABC):
     Methods raise the errors of objstore.errors: NotFound (no such VDI), Exists, Busy (in use), InvalidRequest, NoSpace,
     Unavailable (zones or the server failed), Stopping (the store is closing).
     """
+
+    in_process: bool
+    """Whether the store is in this process: its own work ends with the connection."""
 
     async def __aenter__(self) -> "Connection":
         return self
@@ -54,6 +57,29 @@ class Connection(ABC):
     @abstractmethod
     async def damage(self, name: str) -> VdiDamage:
         """The parts of a VDI that no zone has whole, as far as is known."""
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
+        """Begin a job that makes reserved zeros of the holes of a range (length 0 = to the end), and changes nothing
+        else. It goes on by itself; `wait_for_job` returns when it has ended."""
+
+    @abstractmethod
+    def jobs(self) -> AsyncIterator[JobStatus]:
+        """Jobs that run, and those of the last day, oldest first."""
+
+    @abstractmethod
+    async def job(self, job_id: int) -> JobStatus:
+        """One of them. NotFound."""
+
+    @abstractmethod
+    async def wait_for_job(self, job_id: int) -> JobStatus:
+        """Return when it does not run any more; `state` says how it ended."""
+
+    @abstractmethod
+    async def abort_job(self, job_id: int) -> JobStatus:
+        """Make it end at its next step, and wait for that. InvalidRequest: it does not run."""
 
     # -- attributes of a VDI -------------------------------------------------------------------------------------
 

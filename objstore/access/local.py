@@ -7,12 +7,14 @@ from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
 from objstore.access.local_vdi import LocalVdi
 from objstore.volume.settings import MODES
-from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
 from objstore.volume.store import Store
 
 
 class LocalConnection(Connection):
     """A store in this process. `store` is not for users of the library."""
+
+    in_process = True
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -53,6 +55,27 @@ class LocalConnection(Connection):
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""
         return await self.store.damage(name)
+
+    async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
+        """See Connection."""
+        return await self.store.allocate(name, offset_bytes, length_bytes)
+
+    async def jobs(self) -> AsyncIterator[JobStatus]:
+        """See Connection."""
+        for job in self.store.jobs.list():
+            yield job
+
+    async def job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return self.store.jobs.get(job_id)
+
+    async def wait_for_job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return await self.store.jobs.wait(job_id)
+
+    async def abort_job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return await self.store.jobs.abort(job_id)
 
     async def attributes(self, name: str) -> AsyncIterator[str]:
         """See Connection."""

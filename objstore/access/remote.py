@@ -1,5 +1,6 @@
 """The library over the control socket of a running server: the same connection and handles, data included."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -33,10 +34,14 @@ from objstore.errors import Stopping, StoreError, Unavailable
 from objstore.names import check_attribute
 from objstore.volume.base import Extent
 from objstore.volume.settings import MODES
-from objstore.volume.status import RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
 
 CONNECTIONS_MAX: Final = 17
 """To one server: so many requests less one are under way at a time, others wait. One is the session's."""
+
+JOB_LOOK_SECONDS: Final = 0.01
+JOB_LOOK_SECONDS_MAX: Final = 0.5
+"""How often a server is asked for a job that is waited for: rarer and rarer."""
 
 T = TypeVar("T")
 
@@ -176,6 +181,8 @@ class RemoteVdi(VdiHandle):
 class RemoteConnection(Connection):
     """A store behind a server."""
 
+    in_process = False
+
     def __init__(self, http: ControlHttp, session: str) -> None:
         self.http = http
         self.handles: set[RemoteVdi] = set()
@@ -217,6 +224,32 @@ class RemoteConnection(Connection):
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""
         return await self.http.ask("GET", f"{_path(name)}/damage", VdiDamage)
+
+    async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
+        """See Connection."""
+        body = Range(offset_bytes=offset_bytes, length_bytes=length_bytes)
+        return await self.http.ask("POST", f"{_path(name)}/allocate", JobStatus, body)
+
+    async def jobs(self) -> AsyncIterator[JobStatus]:
+        """See Connection."""
+        for job in await self.http.ask("GET", "/v1/jobs", list[JobStatus]):
+            yield job
+
+    async def job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return await self.http.ask("GET", f"/v1/jobs/{job_id}", JobStatus)
+
+    async def wait_for_job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        pause = JOB_LOOK_SECONDS
+        while (job := await self.job(job_id)).state == "running":
+            await asyncio.sleep(pause)
+            pause = min(JOB_LOOK_SECONDS_MAX, 2 * pause)
+        return job
+
+    async def abort_job(self, job_id: int) -> JobStatus:
+        """See Connection."""
+        return await self.http.ask("POST", f"/v1/jobs/{job_id}/abort", JobStatus)
 
     async def attributes(self, name: str) -> AsyncIterator[str]:
         """See Connection."""

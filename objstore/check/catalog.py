@@ -18,6 +18,7 @@ from objstore.check.tail import Row, Rules, read_tail
 SNAPSHOT_BYTES_MAX: Final = 1 << 30
 _SNAPSHOT_HEADER_BYTES: Final = 24
 _CRC_AT: Final = 20
+JOB_STATES: Final = frozenset({"running", "done", "failed", "aborted"})
 
 
 class Vdi(NamedTuple):
@@ -98,6 +99,8 @@ class Catalog:
             number = member(fields, "snapshot_id", int)
             if self.snapshots.pop(number, None) is None:
                 raise Damaged(f"the catalog deletes snapshot {number}, which does not exist")
+        elif kind == "job":
+            self._note_job(fields)
         elif kind == "attribute":
             self._set_attribute(fields)
         elif kind != "stop":
@@ -114,6 +117,16 @@ class Catalog:
         self.next_log = max(self.next_log, log + 1)
         if hidden:
             self._drop_attributes(fields["vdi_id"])
+
+    def _note_job(self, fields: dict[str, Any]) -> None:
+        done, length = member(fields, "bytes_done", int), member(fields, "length_bytes", int)
+        if not member(fields, "job_id", int) or done > length or member(fields, "state", str) not in JOB_STATES:
+            raise Damaged(f"the catalog describes a job as {fields!r:.200}")
+        for name in ("kind", "vdi"):
+            member(fields, name, str)
+        for name in ("started", "noted"):
+            if not isinstance(fields.get(name), int | float):
+                raise Damaged(f"the catalog describes a job as {fields!r:.200}")
 
     def _set_attribute(self, fields: dict[str, Any]) -> None:
         number, name = member(fields, "vdi_id", int), member(fields, "name", str)
@@ -191,7 +204,7 @@ def snapshot(data: bytes, store: bytes, number: int) -> Catalog:
             if not isinstance(entry, dict):
                 raise Damaged(f"the snapshot has {entry!r} in {name}")
             found.apply(entry)
-    for entry in [*fields.get("snapshots", []), *fields.get("attributes", [])]:
+    for entry in [*fields.get("snapshots", []), *fields.get("attributes", []), *fields.get("jobs", [])]:
         if not isinstance(entry, dict):
             raise Damaged(f"the snapshot has {entry!r} in snapshots")
         found.apply(entry)

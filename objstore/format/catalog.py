@@ -98,6 +98,21 @@ class AttributeEntry(msgspec.Struct, frozen=True, tag="attribute", kw_only=True)
     value: bytes | None
 
 
+class JobEntry(msgspec.Struct, frozen=True, tag="job", kw_only=True, omit_defaults=True):
+    """How far a job on a range of a VDI was at one moment (`noted`). state: running, done, failed or aborted."""
+
+    job_id: int
+    kind: str
+    vdi: str
+    offset_bytes: int
+    length_bytes: int
+    state: str
+    started: float
+    noted: float
+    bytes_done: int
+    message: str = ""
+
+
 class StopEntry(msgspec.Struct, frozen=True, tag="stop", kw_only=True):
     """The store was closed cleanly."""
 
@@ -105,7 +120,15 @@ class StopEntry(msgspec.Struct, frozen=True, tag="stop", kw_only=True):
 
 
 Entry: TypeAlias = (
-    VdiEntry | DeleteEntry | HeadEntry | PurgedEntry | SnapshotEntry | SnapshotDeleteEntry | AttributeEntry | StopEntry
+    VdiEntry
+    | DeleteEntry
+    | HeadEntry
+    | PurgedEntry
+    | SnapshotEntry
+    | SnapshotDeleteEntry
+    | AttributeEntry
+    | JobEntry
+    | StopEntry
 )
 
 
@@ -121,6 +144,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     snapshots: list[SnapshotEntry] = []
     next_snapshot: int = 1
     attributes: list[AttributeEntry] = []
+    jobs: list[JobEntry] = []
+    next_job: int = 1
 
 
 _ENTRY = msgspec.msgpack.Decoder(Entry)

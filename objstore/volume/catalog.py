@@ -15,6 +15,7 @@ from objstore.format.catalog import (
     DeleteEntry,
     Entry,
     HeadEntry,
+    JobEntry,
     PurgedEntry,
     Snapshot,
     SnapshotDeleteEntry,
@@ -46,6 +47,8 @@ SEGMENT_BYTES = 256 * KIB
 SNAPSHOT_FOLDER = "catalog/"
 COMPACT_BYTES: Final = 4 << 20
 """A catalog log of that length is replaced by a snapshot: 1,000 VDIs have one of 0.2 MiB, and an opening reads both."""
+JOB_KEPT_SECONDS: Final = 86400.0
+"""FORMAT.md, "Catalog"."""
 NUMBERS_LEFT: Final = 16
 """The former writer may be preparing so many segments more."""
 
@@ -75,6 +78,8 @@ class CatalogState:
         self.attributes: dict[int, dict[str, bytes]] = {}
         for attribute in snapshot.attributes if snapshot else ():
             self._set_attribute(attribute)
+        self.jobs: dict[int, JobEntry] = {job.job_id: job for job in snapshot.jobs} if snapshot else {}
+        self.next_job = snapshot.next_job if snapshot else 1
         self.heads: dict[int, HeadEntry] = {head.log: head for head in snapshot.heads} if snapshot else {}
         self.garbage: set[int] = set(snapshot.garbage) if snapshot else set()
         self.clean = snapshot.clean if snapshot else True
@@ -111,6 +116,10 @@ class CatalogState:
 
         elif isinstance(entry, AttributeEntry):
             self._set_attribute(entry)
+        elif isinstance(entry, JobEntry):
+            self.jobs = {i: job for i, job in self.jobs.items() if job.noted > entry.noted - JOB_KEPT_SECONDS}
+            self.jobs[entry.job_id] = entry
+            self.next_job = max(self.next_job, entry.job_id + 1)
 
     def _set_attribute(self, entry: AttributeEntry) -> None:
         """Of a VDI that was deleted meanwhile: nothing (FORMAT.md, "Catalog")."""
@@ -164,6 +173,8 @@ class CatalogState:
             clean=self.clean,
             snapshots=list(self.snapshots.values()),
             next_snapshot=self.next_snapshot,
+            jobs=list(self.jobs.values()),
+            next_job=self.next_job,
             attributes=[
                 AttributeEntry(vdi_id=vdi_id, name=name, value=value)
                 for vdi_id, attributes in self.attributes.items()

@@ -61,6 +61,28 @@ class SnapshotTaken(Struct, frozen=True, kw_only=True):
     taken: bool
 
 
+class JobStatus(Struct, frozen=True, kw_only=True):
+    """Work on a range of a VDI that may take long."""
+
+    job_id: int
+    kind: str
+    """`allocate`."""
+    vdi: str
+    state: str
+    """`running`, `done`, `failed` (see `message`), `aborted`, or `interrupted`: its process ended before it did."""
+    message: str
+    started: float
+    """Unix time."""
+    noted: float
+    """Unix time of what is said here; of a running job: now."""
+    seconds_left: float | None
+    """Estimate; null = not known, or it does not run."""
+    bytes_done: int
+    bytes_total: int
+    repeat_offset_bytes: int
+    """Everything of the range in front of it is done; what is left can be asked for again from there."""
+
+
 class DamagedRange(Struct, frozen=True, kw_only=True):
     """A part of a VDI that no zone has whole: reading it is an I/O error until it is written again."""
 

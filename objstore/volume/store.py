@@ -14,7 +14,17 @@ import msgspec
 from objstore.backend.base import Backend, ZoneFailed
 from objstore.backend.directory import DirectoryBackend
 from objstore.clock import Clock, SystemClock
-from objstore.errors import Busy, Exists, InvalidRequest, NoSpace, NotFound, Stopping, StoreError, Unavailable
+from objstore.errors import (
+    Busy,
+    Exists,
+    InvalidRequest,
+    NoSpace,
+    NotFound,
+    OutOfRange,
+    Stopping,
+    StoreError,
+    Unavailable,
+)
 from objstore.format.catalog import DeleteEntry, PurgedEntry, StopEntry, VdiEntry
 from objstore.format.document import Epoch
 from objstore.log.address import LOG_MAX
@@ -28,13 +38,22 @@ from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
 from objstore.volume.directories import make_directories, other_zones
+from objstore.volume.jobs import Jobs
 from objstore.volume.opening import min_copies, purge_log
 from objstore.volume.recovery import Recovery
 from objstore.volume.scrub import Scrub
 from objstore.volume.settings import MODES, StoreSettings, check_mode
 from objstore.volume.snapshots import SnapshotOperations
 from objstore.volume.starting import Started, start_store
-from objstore.volume.status import DamagedRange, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus
+from objstore.volume.status import (
+    DamagedRange,
+    JobStatus,
+    RecoveryStatus,
+    ScrubStatus,
+    StoreStatus,
+    VdiDamage,
+    VdiStatus,
+)
 from objstore.volume.summary import store_status
 from objstore.volume.vdi import Vdi
 from objstore.volume.zones import Reopen, Zones
@@ -56,6 +75,7 @@ class Store(SnapshotOperations):
         self._purging: set[asyncio.Task[None]] = set()
         self.scrub = Scrub(self)
         self.recovery = Recovery(self)
+        self.jobs = Jobs(self.catalog, self.env.clock, self.env.loop)
         self.attributes = Attributes(self.catalog, self._entry)
         self.zones = Zones(self, self.places, lock_note, reopen)
 
@@ -325,6 +345,24 @@ class Store(SnapshotOperations):
         self.recovery.request()
         return self.vdi(name)
 
+    async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
+        """Begin a job that makes reserved zeros of the holes of a range (length 0 = to the end); `jobs.wait` returns
+        when it has ended. NotFound; OutOfRange."""
+        entry = self._entry(name)
+        length_bytes = length_bytes or max(0, entry.size_bytes - offset_bytes)
+        if offset_bytes < 0 or length_bytes < 0:
+            raise InvalidRequest(f"impossible range offset={offset_bytes} length={length_bytes}")
+        if offset_bytes + length_bytes > entry.size_bytes:
+            raise OutOfRange(f"past the end offset={offset_bytes} length={length_bytes} size={entry.size_bytes}")
+
+        async def step(offset: int, length: int) -> int:
+            if self.leaving(entry.vdi_id):
+                raise NotFound(f"VDI {name!r} is being deleted")
+            async with self.using(self.catalog.state.vdis[entry.vdi_id]) as vdi:
+                return await vdi.allocate(offset, length)
+
+        return await self.jobs.start("allocate", name, offset_bytes, length_bytes, step)
+
     async def status(self) -> StoreStatus:
         """The store as a whole; the zones are asked for their space outside the event loop."""
         return await store_status(self)
@@ -339,6 +377,7 @@ class Store(SnapshotOperations):
         self._stopping = True
         env = self.env
         failed: list[str] = []
+        await self.jobs.close()
         self.recovery.stop()  # from here on it is refused VDIs, and must not take that for nothing to do
         await self.zones.close()
         await self.recovery.close()

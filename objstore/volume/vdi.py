@@ -33,6 +33,9 @@ RECLAIMS_MAX = 8
 """Times that one request waits for something to be freed and then meets full zones again. What was freed may have been
 dense segments moved elsewhere, with nothing won."""
 TRIES_WITHOUT_TURN = 3
+ALLOCATE_BLOCKS_MAX = 1 << 18
+ALLOCATE_RUNS_MAX = 256
+"""Of one step: others get their turn between two."""
 GIVE_BACK_ROUNDS = 6
 RESERVED_OVERHEAD = 1.06
 """Files over data for whole 1 MiB records: header pages, directory, rounding."""
@@ -288,6 +291,27 @@ class Vdi(Reading):
                         pieces.append(await self._zeroed(end - tail, tail))
                 await self._append(pieces, alive)
         await self._after(fua=fua)
+
+    async def allocate(self, offset_bytes: int, length_bytes: int) -> int:
+        """Make reserved zeros of the holes among the blocks of a range, and change nothing else; durable on return.
+
+        A bounded amount of work: returns how many bytes of the range are done, at least one. NoSpace: the zones can't
+        hold the range now.
+        """
+        self._check(offset_bytes, length_bytes, bounded=False)
+        if not self.prealloc:
+            await self._check_space(length_bytes)
+        first, count, skip = cover(offset_bytes, length_bytes)
+        at = first
+        # A write that comes between the look and the change would be lost: both happen in one turn.
+        async with self._turn:
+            for kind, blocks in await self.disk.extents(first, min(count, ALLOCATE_BLOCKS_MAX), ALLOCATE_RUNS_MAX):
+                if kind == HOLE:
+                    await self._append([(at, blocks, RESERVED)], always)
+                at += blocks
+            position = self._writer.position
+        await self._durable(position, fua=False)
+        return min(length_bytes, (at - first << BLOCK_SHIFT) - skip)
 
     async def _check_space(self, length_bytes: int) -> None:
         """NoSpace if the zones can't hold so much more now, what the VDI holds already not counted."""

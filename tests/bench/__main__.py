@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, faults, fio, ours, report
+from tests.bench import copies, faults, fio, library, ours, report
 from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, NAMES, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
@@ -41,6 +41,7 @@ OPEN_SECONDS_MAX: Final = 2.0
 P99_RATIO_MAX: Final = 3.0
 SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX = 0.7, 1.2
 RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
+LIBRARY_RATIO_MIN = 2.0
 PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
 DEGRADED_RATIOS_MIN: Final = {"write": 0.9, "read": 0.95}
 
@@ -260,6 +261,13 @@ class Bench:
             text = f"{values[0]:.0f}/s with two of three zones, {values[1]:.0f}/s with all"
             self._ratio(f"degraded-{load}", text, result.ratio(load), limit)
 
+    def run_library(self) -> None:
+        result = library.compare(self.apart, self.options.rounds, self.options.seconds)
+        for load in library.LOADS:
+            inside, over = statistics.median(result.library[load]), statistics.median(result.nbd[load])
+            text = f"{inside / 1e3:.1f} k/s in process, {inside / over:.2f} times NBD ({over / 1e3:.1f} k/s)"
+            self._ratio(f"library-{load}", text, inside / over, LIBRARY_RATIO_MIN)
+
     def run(self, names: Sequence[str]) -> None:
         wanted = set(names) | (set(CPU_CASES) if CPU in names else set())
         loads = [case for case in FIO_CASES if case.name in wanted]
@@ -293,6 +301,7 @@ class Bench:
                 "recovery": self.run_recovery,
                 "degraded": self.run_degraded,
                 "pause": self.run_pause,
+                "library": self.run_library,
             }
             for case in COPIES_CASES:
                 if case in wanted:

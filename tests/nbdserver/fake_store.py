@@ -10,6 +10,7 @@ from objstore.volume.memory import MemoryVolume
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
     DamagedRange,
+    JobStatus,
     RecoveryStatus,
     ScrubStatus,
     SnapshotStatus,
@@ -43,6 +44,19 @@ class FakeAttributes:
         del self._values[name, key]
 
 
+class FakeJobs:
+    """Jobs that there are none of."""
+
+    def list(self) -> list[JobStatus]:
+        return []
+
+    def get(self, job_id: int) -> JobStatus:
+        raise NotFound(f"no job {job_id}")
+
+    async def abort(self, job_id: int) -> JobStatus:
+        raise NotFound(f"no job {job_id}")
+
+
 class FakeStore:
     """attached: names that `delete_vdi` finds in use. scrubs: how often one was asked for."""
 
@@ -52,6 +66,7 @@ class FakeStore:
         self.attached: set[str] = set()
         self.scrubs = 0
         self.attributes = FakeAttributes()
+        self.jobs = FakeJobs()
         self.rate = 0
         self.changes: list[tuple[str, str, str | None, float | None, bool]] = []
 
@@ -183,6 +198,9 @@ class FakeStore:
 
     def vdis(self) -> list[VdiStatus]:
         return [self._vdis[name] for name in sorted(self._vdis)]
+
+    async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
+        raise NotFound(name)
 
     def names(self) -> list[str]:
         return sorted(self._vdis)

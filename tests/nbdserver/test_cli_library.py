@@ -136,3 +136,17 @@ def test_stdout_that_holds_something_already(sheepfold: Command, tmp_path: Path,
         subprocess.run(command, stdout=out, check=True)
     expected = bytes(8192) + b"data"
     assert path.read_bytes() == (b"x" * 20_000 + expected if append else expected + b"x" * (20_000 - 8196))
+
+
+def test_allocation_and_jobs(sheepfold: Command) -> None:
+    sheepfold("vdi", "upload", "disk", stdin=b"x" * 4096)
+    done = sheepfold.json("vdi", "allocate", "disk", "--length", "1M")
+    assert (done["state"], done["bytes_done"], done["vdi"]) == ("done", MIB, "disk")
+    assert [part["state"] for part in sheepfold.json("vdi", "map", "disk")] == ["data", "zero", "hole"]
+    assert [job["job_id"] for job in sheepfold.json("job", "list")] == [done["job_id"]]
+    assert b"allocate  disk  done" in sheepfold("job", "list")
+    assert b"done" in sheepfold("job", "follow", str(done["job_id"]))
+    sheepfold("job", "abort", str(done["job_id"]), code=2)
+    sheepfold("job", "follow", "99", code=3)
+    sheepfold("vdi", "allocate", "disk", "--offset", "5M", "--length", "1", code=2)
+    sheepfold("vdi", "allocate", "disk", "--detach")

@@ -39,6 +39,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "get_attribute": {"name": "disk", "key": "kept"},
     "set_attribute": {"name": "disk", "key": "new/%2F", "exclusive": "true", "body": b"\0value"},
     "delete_attribute": {"name": "disk", "key": "kept"},
+    "allocate_range": {"name": "disk", "body": {"offset_bytes": 0, "length_bytes": 8192}},
+    "get_job": {"job_id": 1},
+    "abort_job": {"job_id": 1},
     "open_handle": {"name": "disk", "body": {"session": SESSION}},
     "read_data": {"handle": HANDLE, "offset_bytes": 1, "length_bytes": 5000},
     "write_data": {"handle": HANDLE, "offset_bytes": 1, "writeback": "false", "body": b"data"},
@@ -56,6 +59,12 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     store = await open_store([tmp_path / "a", tmp_path / "b"], create=True)
     await store.create_vdi("disk", 4 * MIB)
     await store.attributes.set("disk", "kept", b"value")
+
+    async def slow(offset: int, length: int) -> int:
+        await asyncio.sleep(0.001)
+        return 1
+
+    await store.jobs.start("allocate", "disk", 0, 1 << 40, slow)
     await store.create_snapshot("disk", "old")
     yield store
     await store.shutdown()
