@@ -22,7 +22,17 @@ from objstore.access.handle import VdiHandle
 from objstore.access.transfer import Hole, Stream
 from objstore.volume.base import Extent
 from objstore.volume.settings import MODES, StoreSettings
-from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    JobStatus,
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
+    StoreStatus,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 
 T = TypeVar("T")
 
@@ -205,6 +215,26 @@ class BlockingConnection:
     def damage(self, name: str) -> VdiDamage:
         """See Connection."""
         return self._runner.run(self._connection.damage(name))
+
+    def snapshots(self, name: str | None = None) -> Iterator[SnapshotStatus]:
+        """See Connection."""
+        return self._runner.each(self._connection.snapshots(name))
+
+    def create_snapshot(
+        self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
+    ) -> SnapshotTaken:
+        """See Connection."""
+        return self._runner.run(
+            self._connection.create_snapshot(name, tag, skip_unchanged=skip_unchanged, protected=protected)
+        )
+
+    def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.protect_snapshot(name, protected=protected))
+
+    def delete_snapshot(self, name: str) -> None:
+        """See Connection."""
+        self._runner.run(self._connection.delete_snapshot(name))
 
     def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
         """See Connection. In this process, without `background`, the job goes on while calls are under way alone."""

@@ -6,7 +6,17 @@ from collections.abc import AsyncIterator
 from objstore.access.handle import VdiHandle
 from objstore.access.pending import Pending
 from objstore.volume.settings import MODES
-from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    JobStatus,
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
+    StoreStatus,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 
 
 class Connection(ABC):
@@ -57,6 +67,27 @@ class Connection(ABC):
     @abstractmethod
     async def damage(self, name: str) -> VdiDamage:
         """The parts of a VDI that no zone has whole, as far as is known."""
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def snapshots(self, name: str | None = None) -> AsyncIterator[SnapshotStatus]:
+        """The snapshots of a VDI, oldest first, or all, those of deleted VDIs included. `open` takes their names."""
+
+    @abstractmethod
+    async def create_snapshot(
+        self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
+    ) -> SnapshotTaken:
+        """Take a snapshot of a VDI, open or not; what was acknowledged before is in it, and it is durable on return.
+        tag: "" = only a number. skip_unchanged: not if nothing was written since the last one."""
+
+    @abstractmethod
+    async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        """Let nobody delete a snapshot (NAME@TAG, NAME@INDEX), or let it be deleted again."""
+
+    @abstractmethod
+    async def delete_snapshot(self, name: str) -> None:
+        """Delete one; the space that only it needs comes back in the background. Busy: protected, or open."""
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,17 @@ from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
 from objstore.access.local_vdi import LocalVdi
 from objstore.volume.settings import MODES
-from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    JobStatus,
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
+    StoreStatus,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 from objstore.volume.store import Store
 
 
@@ -55,6 +65,25 @@ class LocalConnection(Connection):
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""
         return await self.store.damage(name)
+
+    async def snapshots(self, name: str | None = None) -> AsyncIterator[SnapshotStatus]:
+        """See Connection."""
+        for snapshot in self.store.snapshots(name):
+            yield snapshot
+
+    async def create_snapshot(
+        self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
+    ) -> SnapshotTaken:
+        """See Connection."""
+        return await self.store.create_snapshot(name, tag, skip_unchanged=skip_unchanged, protected=protected)
+
+    async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        """See Connection."""
+        return await self.store.protect_snapshot(name, protected=protected)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """See Connection."""
+        await self.store.delete_snapshot(name)
 
     async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
         """See Connection."""

@@ -20,10 +20,12 @@ from objstore.access.api import (
     ExtentReply,
     Handle,
     OpenHandle,
+    Protection,
     Range,
     RecoveryRate,
     Session,
     Status,
+    TakeSnapshot,
     ZeroRange,
     ZoneChange,
     error_from_reply,
@@ -34,7 +36,17 @@ from objstore.errors import Stopping, StoreError, Unavailable
 from objstore.names import check_attribute
 from objstore.volume.base import Extent
 from objstore.volume.settings import MODES
-from objstore.volume.status import JobStatus, RecoveryStatus, ScrubStatus, StoreStatus, VdiDamage, VdiStatus, ZoneStatus
+from objstore.volume.status import (
+    JobStatus,
+    RecoveryStatus,
+    ScrubStatus,
+    SnapshotStatus,
+    SnapshotTaken,
+    StoreStatus,
+    VdiDamage,
+    VdiStatus,
+    ZoneStatus,
+)
 
 CONNECTIONS_MAX: Final = 17
 """To one server: so many requests less one are under way at a time, others wait. One is the session's."""
@@ -225,6 +237,27 @@ class RemoteConnection(Connection):
         """See Connection."""
         return await self.http.ask("GET", f"{_path(name)}/damage", VdiDamage)
 
+    async def snapshots(self, name: str | None = None) -> AsyncIterator[SnapshotStatus]:
+        """See Connection."""
+        path = "/v1/snapshots" if name is None else f"{_path(name)}/snapshots"
+        for snapshot in await self.http.ask("GET", path, list[SnapshotStatus]):
+            yield snapshot
+
+    async def create_snapshot(
+        self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
+    ) -> SnapshotTaken:
+        """See Connection."""
+        body = TakeSnapshot(tag=tag, skip_unchanged=skip_unchanged, protected=protected)
+        return await self.http.ask("POST", f"{_path(name)}/snapshots", SnapshotTaken, body)
+
+    async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
+        """See Connection."""
+        return await self.http.ask("PUT", _snapshot_path(name), SnapshotStatus, Protection(protected=protected))
+
+    async def delete_snapshot(self, name: str) -> None:
+        """See Connection."""
+        await self.http.tell("DELETE", _snapshot_path(name))
+
     async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
         """See Connection."""
         body = Range(offset_bytes=offset_bytes, length_bytes=length_bytes)
@@ -322,6 +355,10 @@ async def connect_server(socket: Path | str) -> RemoteConnection:
 
 def _path(name: str) -> str:
     return "/v1/vdis/" + quote(name, safe="")
+
+
+def _snapshot_path(name: str) -> str:
+    return "/v1/snapshots/" + quote(name, safe="")
 
 
 def _attribute_path(name: str, key: str) -> str:
