@@ -10,8 +10,11 @@ then it is too high, never too low. Segments of other logs, which the map of a c
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX, Flag, Kind
 from objstore.format.segment import Directory
@@ -24,6 +27,8 @@ from objstore.log.writer import LogWriter
 from objstore.units import BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
 
 log = logging.getLogger(__name__)
+
+U64 = npt.NDArray[np.uint64]
 
 FILL_AT_ONCE_BLOCKS: Final = FILL_STEP << REGION_SHIFT
 FILL_KIND: Final = {HOLE: Kind.TRIM, RESERVED: Kind.ZERO}
@@ -267,6 +272,30 @@ class Disk(MappedView):
             self._partial.clear()
             if self.on_whole is not None:
                 self.on_whole()
+
+    def readdress(
+        self, made: Sequence[Segment], former: Sequence[Segment], lbas: U64, sources: U64, targets: U64
+    ) -> None:
+        """What lay in the segments `former` lies in those `made` now, block by block from `sources` to `targets`."""
+        blockmap = self.map
+        for segment in made:
+            self.add_segment(segment)
+        # What a request of several parts has not brought into the map yet may lie in regions that are not loaded.
+        regions = lbas >> np.uint64(REGION_SHIFT)
+        away = [r for r in np.unique(regions).tolist() if type(blockmap.regions.get(r)) is PageRef]
+        here = ~np.isin(regions, np.array(away, np.uint64))
+        moved = targets[here][blockmap.compare_and_assign(lbas[here], sources[here], targets[here])]
+        for key, count in zip(*np.unique(moved >> np.uint64(BLOCK_BITS), return_counts=True), strict=True):
+            self.env.segments[int(key)].live += int(count)
+        if self._parts:
+            new = dict(zip(sources.tolist(), targets.tolist(), strict=True))
+            self._parts = [(kind, lba, count, new.get(entry, entry)) for kind, lba, count, entry in self._parts]
+        for segment in former:
+            del self.segments[segment.number]
+            self.env.segments.pop(segment.key, None)
+            self.total_blocks -= segment.blocks
+            for zone in list(segment.handles):
+                segment.drop_handle(zone)
 
     # -- map pages ----------------------------------------------------------------------------------------------
 

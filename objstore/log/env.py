@@ -1,6 +1,7 @@
 """What all logs of one open store share: zones, clock, settings, segments, buffers, the account of dirty data."""
 
 import asyncio
+import contextlib
 import logging
 import mmap
 import random
@@ -16,7 +17,7 @@ from objstore.format.record import RECORD_DATA_BLOCKS_MAX
 from objstore.log.mapmemory import MapMemory
 from objstore.log.segment import Segment
 from objstore.replica.watch import ZoneWatch
-from objstore.replica.zone import Executor, Zone
+from objstore.replica.zone import Executor, Zone, run
 from objstore.units import BLOCK_BYTES
 from objstore.volume.settings import StoreSettings
 
@@ -34,6 +35,8 @@ sealed before the old files go, and that is at most what was dirty."""
 READ_ERRORS_MAX: Final = 64
 """Reads that a zone may fail, each of them answered by another zone, before it is put out: a bad sector is no reason to
 do without a disk, a disk that reads nothing is."""
+PUT_OUT_AGAIN_SECONDS: Final = 5.0
+"""Between attempts to put out zones that failed, where too few others would be left."""
 SUGGEST_SECONDS: Final = 5.0
 """Between attempts to put out a zone that lags and was refused."""
 DESCRIPTORS_SHARE: Final = 4
@@ -144,7 +147,7 @@ class Env:
         self.watch: ZoneWatch | None = None
         self._membership: Membership | None = None
         self._refused: StoreError | None = None
-        """Why zones that fail can't be put out, once that is final."""
+        """Why zones that fail can't be put out, once that has lasted too long; until zones change."""
         self._putting_out: asyncio.Task[None] | None = None
         self._suggested: dict[int, StoreError] = {}
         """The zones that are being put out because they lag, and why."""
@@ -202,7 +205,7 @@ class Env:
     def zone_failing(self, zone: int, error: StoreError) -> bool:
         """A call of that zone failed, or it lags: see that it is put out. The one place for it; at once and any number
         of times. False: that can't be; whoever needs the zone has to give up."""
-        if self._membership is None or self._refused is not None:
+        if self._membership is None:
             self.zones[zone].error = self.zones[zone].error or error
             return False
         if zone in self.in_service and zone not in self.failing:
@@ -251,7 +254,7 @@ class Env:
     async def put_out(self, zone: int, error: StoreError) -> None:
         """As zone_failing; return when the epoch without the zone is durable. Unavailable: it could not be put out."""
         while zone in self.in_service:
-            if not self.zone_failing(zone, error):
+            if not self.zone_failing(zone, error) or self._refused is not None:
                 raise Unavailable(f"{self.zones[zone]!r} failed: {error}")
             await self.zones_change()
 
@@ -263,26 +266,47 @@ class Env:
 
     async def _put_out(self) -> None:
         """Put the failing zones out, those that fail meanwhile included. Where that is refused a zone that comes back
-        may help; after write_wait_seconds the logs that need the failing ones give up."""
+        may help: it is tried again and again. After write_wait_seconds whoever waits for the failing ones is told."""
         membership = self._membership
         assert membership is not None
         give_up: float | None = None
+        told: frozenset[int] = frozenset()
         while self.failing:
             self._news.clear()
+            failing = frozenset(self.failing)
             reasons = "; ".join(f"{self.zones[z]!r}: {error}" for z, error in self.failing.items())
             try:
-                await membership.exclude(frozenset(self.failing), reasons)
+                await membership.exclude(failing, reasons)
             except StoreError as error:
+                now = self.loop.time()
                 if give_up is None:
                     log.error("zones failed and can't be done without: %s", error)
-                    give_up = self.loop.time() + self.settings.write_wait_seconds
-                if self.loop.time() >= give_up:
+                    give_up = now + self.settings.write_wait_seconds
+                if now >= give_up and told != failing:
+                    told = failing
                     self._refuse(error)
-                    return
-                timer = self.loop.call_at(give_up, self._news.set)
+                again = PUT_OUT_AGAIN_SECONDS if now >= give_up else min(give_up - now, PUT_OUT_AGAIN_SECONDS)
+                timer = self.loop.call_later(again, self._news.set)
                 await self._news.wait()
                 timer.cancel()
+                await self._put_out_some(membership)
         self._putting_out = None
+
+    async def _put_out_some(self, membership: Membership) -> None:
+        """All that fail can't be put out at once. Some of them may work again by now: the others go first, and then
+        they, one after the other, so that each can be opened anew."""
+        well: list[int] = []
+        for z in sorted(self.failing):
+            if not self.executor.outstanding(z):
+                with contextlib.suppress(StoreError, TimeoutError):
+                    async with asyncio.timeout(self.settings.zone_deadline_seconds):
+                        await run(self.executor, z, self.zones[z].backend.check)
+                    well.append(z)
+        gone = self.failing.keys() - (well if len(well) < len(self.failing) else well[:-1])
+        if well and gone:
+            with contextlib.suppress(StoreError, TimeoutError):  # the next attempt asks for all of them again
+                async with asyncio.timeout(self.settings.zone_deadline_seconds):
+                    await membership.exclude(frozenset(gone), "it failed, and others that failed work again")
 
     def _refuse(self, error: StoreError) -> None:
         self._refused = error
@@ -294,6 +318,7 @@ class Env:
         """A new epoch is in force: everybody goes on without the zones that it leaves out."""
         assert self._membership is not None
         before, self.in_service = self.in_service, self._membership.in_service
+        self._refused = None
         gone = before - self.in_service
         known = {**self._suggested, **self.failing}
         errors = {z: known.get(z, ZoneFailed("put out by the administrator")) for z in gone}

@@ -119,6 +119,8 @@ class Keeper:
         self._for_snapshot = 0
         """Number of the checkpoint under way if it is a snapshot's."""
         self._wants_snapshot = False
+        self._stands_for: StoreError | None = None
+        """Why the map of a snapshot can't be written at the moment."""
         self._space_waiter: asyncio.Future[None] | None = None
         """While the map of a snapshot waits for space."""
         self.gave_up = False
@@ -127,6 +129,9 @@ class Keeper:
         self.tight = False
         self._timer: asyncio.TimerHandle | None = None
         self._press_timer: asyncio.TimerHandle | None = None
+        self._again_timer: asyncio.TimerHandle | None = None
+        self._takeovers = 0
+        """How often the end of the log had been moved when the checkpoint under way began."""
         disk.owner = self
         disk.on_whole = self._resume
         disk.rebuild = self.rebuild
@@ -275,13 +280,14 @@ class Keeper:
                 raise writer.error
             if self._closed:
                 raise Stopping(f"the log is being closed log={self.disk.log}")
+            moved = writer.takeovers
             self._force()
             if self._task is None:
                 await self._whole()
                 continue
             begun = self.next_number - 1
             await self._settled()
-            if begun >= number and self._failed is not None:
+            if begun >= number and self._failed is not None and moved == writer.takeovers:
                 raise self._failed
 
     async def _whole(self) -> None:
@@ -291,9 +297,11 @@ class Keeper:
         await waiter
 
     async def _settled(self) -> None:
-        """Wait for the checkpoint under way. NoSpace: it waits for space."""
+        """Wait for the checkpoint under way. NoSpace: it waits for space; Unavailable: for zones."""
         task = self._task
         while task is not None and self._task is task:
+            if self._space_waiter is not None and not isinstance(self._stands_for, NoSpace):
+                raise Unavailable(f"the map of a snapshot waits for zones log={self.disk.log}: {self._stands_for}")
             if self._space_waiter is not None:
                 raise NoSpace(f"the map of a snapshot finds no space log={self.disk.log}")
             await self._progress()
@@ -329,6 +337,8 @@ class Keeper:
         assert self.ready_for_snapshot
         if self.disk.writer.error is not None:
             raise self.disk.writer.error
+        if self.disk.writer.waits_for_takeover:
+            raise Unavailable(f"zones are missing, the log stands still log={self.disk.log}")
         self.wanted = self._wants_snapshot = True
         if self.disk.writer.has_records:
             self.disk.writer.finish_segment()
@@ -385,6 +395,7 @@ class Keeper:
         self._go(Owed(header, disk.map.freeze(), rows, live, dead, uncounted))
 
     def _go(self, what: Owed) -> None:
+        self._takeovers = self.disk.writer.takeovers
         self._task = self.disk.env.loop.create_task(self._write(what))
         self.disk.writer.watch(self._task)
 
@@ -397,20 +408,22 @@ class Keeper:
                 try:
                     written = await self._pages(output, what)
                     break
-                except NoSpace as error:
-                    self.gave_up = True
+                except (NoSpace, Unavailable) as error:
+                    self.gave_up = isinstance(error, NoSpace)
                     await output.abort()
-                    if not self._for_snapshot or self._closed:
+                    if disk.writer.error is not None or not self._owes(header.number) or self._closed:
                         raise
-                    log.warning("the map of a snapshot waits for space log=%d: %s", disk.log, error)
-                    await self._wait_for_space()
+                    log.warning("the map of a snapshot waits for space or zones log=%d: %s", disk.log, error)
+                    await self._wait_for_space(error)
             if self._for_snapshot:
                 await self._forget(what.frozen)
         except StoreError as error:
             what.frozen.abort()
             self._failed = error
             log.warning("checkpoint given up log=%d checkpoint=%d: %s", disk.log, header.number, error)
-            if not isinstance(error, NoSpace):
+            if isinstance(error, Unavailable) and disk.writer.error is None and not self._owes(header.number):
+                self._retry_later()
+            elif not isinstance(error, NoSpace):
                 disk.writer.fail(error)
         else:
             self.gave_up = False
@@ -425,8 +438,9 @@ class Keeper:
         if self.on_progress is not None:
             self.on_progress()
 
-    async def _wait_for_space(self) -> None:
-        """Let everybody know that this checkpoint stands, and wait a while."""
+    async def _wait_for_space(self, error: StoreError) -> None:
+        """Let everybody know that this checkpoint stands, and why, and wait a while."""
+        self._stands_for = error
         loop = self.disk.env.loop
         waiter: asyncio.Future[None] = loop.create_future()
         self._space_waiter = waiter
@@ -448,7 +462,10 @@ class Keeper:
         """Write one checkpoint; it is durable on return. NoSpace; StoreError."""
         frozen = what.frozen
         take = frozen.page if self._for_snapshot else frozen.take
-        await self.disk.writer.sealed_below(what.header.next_segment)
+        writer = self.disk.writer
+        await writer.sealed_below(what.header.next_segment)
+        if writer.takeovers != self._takeovers and what.header.next_segment > writer.moved_from:
+            raise Unavailable("the segments that it was to name lie elsewhere now")
         await output.open()
         changed = np.sort(np.fromiter(frozen.regions, np.uint64, len(frozen.regions)))
         for low in range(0, len(changed), PAGES_AT_ONCE):
@@ -470,6 +487,20 @@ class Keeper:
         for low in range(0, len(regions), FORGET_AT_ONCE):
             frozen.forget(regions[low : low + FORGET_AT_ONCE])
             await asyncio.sleep(0)
+
+    def _owes(self, number: int) -> bool:
+        """Whether that checkpoint is the map of a snapshot that exists, or is just being taken."""
+        return self._for_snapshot == number and number in self.holds.maps
+
+    def _retry_later(self) -> None:
+        """Zones are missing for a checkpoint, or just went: others may be there soon."""
+        self.wanted = True
+        if self._again_timer is None and not self._closed:
+            self._again_timer = self.disk.env.loop.call_later(IDLE_SECONDS, self._again)
+
+    def _again(self) -> None:
+        self._again_timer = None
+        self._force()
 
     async def _aside(self, function: Callable[..., T], *args: Any) -> T:
         """Work on arrays in a thread of one zone after the other, until it is done. Unavailable: no zone is there."""
@@ -623,7 +654,7 @@ class Keeper:
         """Wait for the checkpoint under way; begin no other."""
         self._closed = True
         self.leave()
-        for timer in (self._timer, self._press_timer):
+        for timer in (self._timer, self._press_timer, self._again_timer):
             if timer is not None:
                 timer.cancel()
         self._try_again()

@@ -61,6 +61,7 @@ class LaneOwner(Protocol):
     sync_position: int
     seal_target: int
     error: StoreError | None
+    halted: bool
 
     def synced(self, items: "Sequence[Record | Seal]") -> None: ...
 
@@ -132,7 +133,7 @@ class Lane:
 
     def take_job(self) -> Job | None:
         """The next job, if there is something to do and none is under way; the lane is busy then."""
-        if self.busy or self.stopped or self.writer.error is not None:
+        if self.busy or self.stopped or self.writer.halted or self.writer.error is not None:
             return None
         sync = self._owes_sync()
         if not self.queue and not sync:

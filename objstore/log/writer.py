@@ -206,6 +206,24 @@ class LogWriter:
         """(position, since when somebody wants everything up to it durable), as the watch has seen it."""
         self.elsewhere: Callable[[int, frozenset[int]], tuple[int, ...]] | None = None
         """As `place`, without the zones given."""
+        self.starts: dict[int, tuple[int, int]] = {}
+        """Of the segments in `unsealed`, and those behind them: position and header CRC of the last record before."""
+        self.on_standstill: Callable[[], None] | None = None
+        """Told when the log stands still because its end can't become durable where it lies; see takeover.py. None:
+        nobody can help, the log stops for good in the end."""
+        self.waits_for_takeover = False
+        """Nothing is appended until the end has been appended again elsewhere."""
+        self.takeovers = 0
+        self.moved_from = 0
+        """The first segment of those whose contents were appended again last."""
+        self.halted = False
+        """Lanes begin nothing more."""
+        self.gives_up = False
+        """Fail rather than wait for zones."""
+        self._let_down_by_failing = False
+        """It stands still for zones that failed and can't be put out, and for no other reason."""
+        self._lost: set[int] = set()
+        """Segments without a durable seal whose zones have all been put out; some may be back since."""
         self._full: dict[int, float] = {}
         """Zones that had no space for a segment, and until when others are preferred."""
         self._closed = False
@@ -260,7 +278,8 @@ class LogWriter:
     @property
     def _next_room(self) -> int:
         """Data blocks that the first record of the next segment takes; 0: that can't be opened now."""
-        return self.fresh_room if self._prepared and len(self.unsealed) < UNSEALED_MAX else 0
+        ready = self._prepared and len(self.unsealed) < UNSEALED_MAX and not self.waits_for_takeover
+        return self.fresh_room if ready else 0
 
     def _segment_room(self) -> int:
         """Data blocks that one more record could take in the open segment, the record being gathered cut first."""
@@ -282,9 +301,17 @@ class LogWriter:
         then used if there is nothing else.
         """
         attempt = max(reserve_bytes, self.env.reserve_bytes)
-        while not self._prepared or (self.scarce and reserve_bytes) or len(self.unsealed) >= UNSEALED_MAX:
+        while (
+            not self._prepared
+            or (self.scarce and reserve_bytes)
+            or len(self.unsealed) >= UNSEALED_MAX
+            or self.waits_for_takeover
+        ):
             if self.error is not None:
                 raise self.error
+            if self.waits_for_takeover:
+                await self._taken_over()
+                continue
             if len(self.unsealed) >= UNSEALED_MAX:
                 await self.sealed_below(min(self.unsealed) + 1)
                 continue
@@ -306,6 +333,14 @@ class LogWriter:
                     raise self.space_error
                 attempt = reserve_bytes
 
+    async def _taken_over(self) -> None:
+        """Wait for that, or for anything else that changes. Unavailable: it has lasted too long."""
+        if self.short is not None:
+            raise self.short
+        waiter: asyncio.Future[None] = self.env.loop.create_future()
+        self._room_waiters.append(waiter)
+        await waiter
+
     def _placed(self, number: int) -> tuple[int, ...]:
         """The zones in service for a segment: others than those that were full just now, if so many are there."""
         zones = self.env.serving(self.place(number))
@@ -321,7 +356,7 @@ class LogWriter:
 
     def _too_few_zones(self) -> bool:
         """Whether a new segment would have fewer than `min_copies` zones; the time that writes wait begins then."""
-        if len(self._placed(self.next_number)) >= self.min_copies:
+        if self.has_zones():
             if not self._stuck():
                 self.short = None
                 self._stop_short_timer()
@@ -330,20 +365,28 @@ class LogWriter:
         return True
 
     def _wait_for_zones(self) -> None:
-        if self.short is None and self._short_timer is None:
-            log.error("writing waits for zones log=%d min_copies=%d", self.log, self.min_copies)
+        if self.gives_up:
+            self.fail(Unavailable(f"too few zones are in service log={self.log} min_copies={self.min_copies}"))
+        elif self.short is None and self._short_timer is None:
+            if not self.has_zones():
+                log.error("writing waits for zones log=%d min_copies=%d", self.log, self.min_copies)
             self._short_timer = self.env.loop.call_later(self.env.settings.write_wait_seconds, self._waited)
 
     def _waited(self) -> None:
         self._short_timer = None
         self.short = Unavailable(f"too few zones are in service to write log={self.log} min_copies={self.min_copies}")
-        if self._stuck():
+        if self.waits_for_takeover:
+            self._let_down(self.short)
+        elif self._stuck():
             self.fail(self.short)
         self._wake_room()
 
     def _stuck(self) -> bool:
-        """Whether something acknowledged can't become durable on `min_copies` zones any more."""
-        return any(record.waiting and not self._enough(record) for record in self._undurable)
+        """Whether something acknowledged can't become durable on `min_copies` zones where it lies, or a segment can't
+        be sealed any more."""
+        return not self._lost.isdisjoint(self.unsealed) or any(
+            record.waiting and not self._enough(record) for record in self._undurable
+        )
 
     def _stop_short_timer(self) -> None:
         if self._short_timer is not None:
@@ -364,7 +407,7 @@ class LogWriter:
         self.scarce = False
 
     def _prepare(self, reserve_bytes: int) -> None:
-        if self._preparing is None and not self._closed and self.error is None:
+        if self._preparing is None and not self._closed and self.error is None and not self.waits_for_takeover:
             self.space_error = None
             self._reserve_tried = reserve_bytes
             self._preparing = self.env.loop.create_task(self._prepare_ahead(reserve_bytes))
@@ -400,7 +443,7 @@ class LogWriter:
         except NoSpace as error:
             self.space_error = error
         except StoreError as error:
-            self.fail(error)
+            self._fail_for_now(error)
         finally:
             self._preparing = None
             self._wake_room()
@@ -678,8 +721,14 @@ class LogWriter:
         if self.env.dirty_bytes * 2 > self.env.dirty_bytes_max < self._since_sync * SYNCS_OF_DIRTY:
             self._since_sync = 0
             self.sync_position = self.position
-        for zone in segment.zones:
-            self._lanes[zone].queue.append(record)
+        self._hand_over(record)
+
+    def _hand_over(self, item: Record | Seal) -> None:
+        """To the zones of its segment, less those that are out."""
+        for zone in item.segment.zones:
+            lane = self._lanes.get(zone)
+            if lane is not None:
+                lane.queue.append(item)
         start_jobs(self._lanes.values())
 
     def _roll(self) -> None:
@@ -692,6 +741,7 @@ class LogWriter:
         self.segment = segment
         self._body_end = 1
         self.unsealed[segment.number] = segment
+        self.starts[segment.number] = self.position, self.previous_crc
         self.env.segments[segment.key] = segment
         for zone in segment.zones:
             if zone not in self._lanes:
@@ -723,9 +773,7 @@ class LogWriter:
             seal = Seal(segment, data, self._body_end << BLOCK_SHIFT, segment.file_bytes)
         segment.sealed = True
         segment.seal_crc = crc
-        for zone in segment.zones:
-            self._lanes[zone].queue.append(seal)
-        start_jobs(self._lanes.values())
+        self._hand_over(seal)
         if self.observer is not None:
             self.observer.segment_finished(segment, blocks_before, directory.finish(crc))
 
@@ -790,6 +838,8 @@ class LogWriter:
             raise self.error
         if self.durable_upto >= position:
             return
+        if self.waits_for_takeover and self.short is not None:
+            raise self.short
         # First what is wanted, then the record: so the job that writes it syncs it too. Records are synced whole.
         gathered = self._record is not None and self._first_position <= position
         target = self.position
@@ -816,8 +866,10 @@ class LogWriter:
                 continue
             if isinstance(item, Seal):
                 self._seal_durable(item.segment)
-            else:
+            elif self._enough(item):
                 self._record_durable(item)
+            else:
+                item.waiting = 1  # some that had it are out: it is not on as many zones as are asked for
         undurable = self._undurable
         if not undurable or undurable[0].waiting:
             return
@@ -850,17 +902,29 @@ class LogWriter:
     def _disown(self) -> None:
         """What this log will not make durable any more leaves the account of dirty data, which other logs wait for.
         Reads still find it."""
+        if self in self.env.logs:
+            self.env.request_syncs.remove(self.request_sync)
+            self.env.logs.remove(self)
+        self._leave_account()
+
+    def _leave_account(self) -> None:
         if self._disowned:
             return
         self._disowned = True
-        self.env.request_syncs.remove(self.request_sync)
-        self.env.logs.remove(self)
         gathered = (1 + self._data if self._record is not None else 0) << BLOCK_SHIFT
         self.env.release_dirty(gathered + sum(record.held_bytes for record in self._undurable if record.waiting))
+
+    def _join_account(self) -> None:
+        if self._disowned:
+            self._disowned = False
+            self.env.dirty_bytes += sum(record.held_bytes for record in self._undurable if record.waiting)
 
     def _seal_durable(self, segment: Segment) -> None:
         segment.memory = None
         self.unsealed.pop(segment.number, None)
+        oldest = min(self.unsealed, default=self.next_number)
+        for number in [number for number in self.starts if number < oldest]:
+            del self.starts[number]
         if not segment.pins:
             for zone in [z for z, handle in segment.handles.items() if handle is not segment.reader]:
                 self.env.close_handle(zone, segment.handles.pop(zone))
@@ -880,6 +944,8 @@ class LogWriter:
             raise self.error
         if not any(n < number for n in self.unsealed):
             return
+        if self.waits_for_takeover and self.short is not None:
+            raise self.short
         self.seal_target = max(self.seal_target, number - 1)
         waiter: asyncio.Future[None] = self.env.loop.create_future()
         self._seal_waiters.append((number, waiter))
@@ -939,30 +1005,160 @@ class LogWriter:
         if self.segment is not None and not gone.isdisjoint(self.segment.zones):
             lost[self.segment] = None
         for segment in lost:
-            segment.zones = tuple(z for z in segment.zones if z not in gone)
+            left = tuple(z for z in segment.zones if z not in gone)
+            if left:
+                segment.zones = left
+            else:  # those that were in service last have all that counted: one may come back
+                self._lost.add(segment.number)
         for segment in [segment for segment in self._prepared if not gone.isdisjoint(segment.zones)]:
             self._prepared.remove(segment)
             self._discard(segment)
         if self.error is None:
-            if any(not segment.zones for segment in lost):
-                self.fail(Unavailable(f"every zone that holds the end of the log has failed log={self.log}"))
-            else:
-                if self.segment in lost:
-                    self.finish_segment()
-                self.synced([item for item in items if isinstance(item, Seal) or self._enough(item)])
-                if self._stuck():
-                    self._wait_for_zones()
+            if self.segment in lost:
+                self.finish_segment()
+            self.synced([item for item in items if self._goes_without(item)])
+            if self._stuck():
+                self._stand_still()
+            elif self._let_down_by_failing:  # they could be put out after all
+                self._let_down_by_failing = self.waits_for_takeover = False
+                self.short = None
+                self._join_account()
+            if self.error is None:
                 self._too_few_zones()
+        self.lane_idle()
         self._wake_room()
+
+    def _goes_without(self, item: Record | Seal) -> bool:
+        """Whether something may count as durable without the zones that have just gone."""
+        if isinstance(item, Seal):
+            return item.segment.number not in self._lost
+        return self._enough(item)
 
     def _enough(self, record: Record) -> bool:
         """Whether a record may count as durable with the zones that its segment still has."""
-        return len(record.segment.zones) >= self.min_copies
+        segment = record.segment
+        return len(segment.zones) >= self.min_copies and segment.number not in self._lost
+
+    def _stand_still(self) -> None:
+        """Something can't become durable where it lies: see that it is appended again elsewhere."""
+        if self.on_standstill is None:
+            if not self._lost.isdisjoint(self.unsealed):
+                self.fail(Unavailable(f"every zone that holds the end of the log has failed log={self.log}"))
+            else:
+                self._wait_for_zones()
+            return
+        self._let_down_by_failing = False
+        self._hold()
+        self._wait_for_zones()
+        self.on_standstill()
+
+    def _hold(self) -> None:
+        """Append nothing more."""
+        if not self.waits_for_takeover:
+            self.waits_for_takeover = True
+            self.finish_segment()
+            self.forget_prepared()
+
+    def _let_down(self, error: StoreError) -> None:
+        """Whoever waits for the zones has waited long enough. What is not durable stays in memory, and is appended
+        again when there are zones for it; it leaves the account of dirty data, which other logs wait for."""
+        self._leave_account()
+        waiters = [waiter for _, waiter in self._flush_waiters] + [waiter for _, waiter in self._seal_waiters]
+        self._flush_waiters.clear()
+        self._seal_waiters.clear()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self._wake_room()
+        self.env.wake_dirty()
+
+    # -- takeover (takeover.py) -----------------------------------------------------------------------------------
+
+    def has_zones(self) -> bool:
+        """Whether enough zones are in service for new segments."""
+        return len(self._placed(self.next_number)) >= self.min_copies
+
+    async def halt(self) -> None:
+        """Return when nothing of this log is under way in any zone, and nothing more begins until `resume`."""
+        self.halted = True
+        if self._preparing is not None:
+            await asyncio.wait([self._preparing])
+        self.forget_prepared()
+        while any(lane.busy for lane in self._lanes.values()):
+            waiter: asyncio.Future[None] = self.env.loop.create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    def resume(self) -> None:
+        """There was no takeover: lanes go on with what they have."""
+        self.halted = False
+        start_jobs(self._lanes.values())
+
+    def image(self, segment: Segment) -> bytes:
+        """A segment as far as it is in memory, because it is not durable."""
+        kept = [record for record in self._undurable if record.waiting and record.segment is segment]
+        data = bytearray(max((record.start + record.blocks for record in kept), default=0) << BLOCK_SHIFT)
+        for record in kept:
+            at = record.start << BLOCK_SHIFT
+            data[at : at + len(record.view)] = record.view
+        return bytes(data)
+
+    def go_on_behind(self, successor: "LogWriter", former: Sequence[Segment]) -> None:
+        """Everything from the first unsealed segment on is durable and sealed in what `successor` made, and that
+        counts: go on behind it, in its generation. former: the segments that count no more."""
+        assert successor.position == self.position
+        for lane in self._lanes.values():
+            assert not lane.busy
+            lane.leave()
+        self._lanes.clear()
+        for segment in former:
+            segment.memory = None
+        for record in self._undurable:
+            if record.waiting:
+                if record.buffer is not None:
+                    self.env.pool.put(record.buffer)
+                    record.buffer = None
+                if not self._disowned:
+                    self.env.release_dirty(record.held_bytes)
+        self._undurable.clear()
+        self.unsealed.clear()
+        self.starts.clear()
+        self._lost.clear()
+        self._asked.clear()
+        self._disowned = False
+        self.generation = successor.generation
+        self.next_number = max(self.next_number, successor.next_number)
+        self.previous_crc = successor.previous_crc
+        self.takeovers += 1
+        self.moved_from = min(segment.number for segment in former)
+        self.durable_upto = self.position
+        self.durable_wall = self.env.clock.wall()
+        self.waits_for_takeover = self.halted = False
+        self.short = None
+        self._stop_short_timer()
+        log.warning("the end of the log was appended again on other zones log=%d", self.log)
+        waiters = [waiter for _, waiter in self._flush_waiters] + [waiter for _, waiter in self._seal_waiters]
+        self._flush_waiters.clear()
+        self._seal_waiters.clear()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._wake_room()
 
     def zones_stay(self, failing: frozenset[int], error: StoreError) -> None:
-        """These zones failed and could not be put out in time (env.Log): give up if this log needs one of them."""
+        """These zones failed and could not be put out in time (env.Log): let down whoever waits for one of them."""
         if any(not failing.isdisjoint(segment.zones) for segment in self.unsealed.values()):
-            self.fail(Unavailable(f"zones failed and can't be done without: {error}"))
+            self._fail_for_now(Unavailable(f"zones failed and can't be done without: {error}"))
+
+    def _fail_for_now(self, error: StoreError) -> None:
+        """Zones failed and can't be put out, until other ones come back: nothing becomes durable before that."""
+        if self.on_standstill is None or not isinstance(error, Unavailable):
+            self.fail(error)
+        elif self.error is None:
+            self._let_down_by_failing = not self.waits_for_takeover
+            self._hold()
+            self.short = error
+            self._let_down(error)
 
     def owed_since(self, zone: int, now: float) -> float | None:
         """Since when the zone has owed something that is wanted durable, as its watch sees it (env.Log)."""

@@ -210,7 +210,7 @@ class Catalog:
 
     @property
     def error(self) -> StoreError | None:
-        """Why the catalog takes no more entries."""
+        """Why the catalog takes no more entries; a snapshot that can be written ends it."""
         if self._error is None and self._writer is not None:
             return self._writer.error
         return self._error
@@ -328,13 +328,15 @@ class Catalog:
             await self._compact()
 
     async def _compact(self) -> None:
-        """With the lock held, so that nothing is committed meanwhile."""
+        """With the lock held, so that nothing is committed meanwhile. What the log could not make durable any more, the
+        snapshot does: those who wanted it were told that nobody knows."""
         old, membership = self._writer, self._membership
         assert old is not None
         assert membership is not None
-        if self._error is not None:
-            raise self._error
-        await old.flush()
+        try:
+            await old.flush()
+        except StoreError as lost:
+            logger.warning("the catalog's log is given up for a snapshot: %s", lost)
         former = (self._generation, self._next_number, self._position, self._previous_crc)
         self._generation = old.generation + 1
         self._next_number = old.next_number + NUMBERS_LEFT
@@ -349,9 +351,11 @@ class Catalog:
         try:
             await membership.set_catalog(head)
         except StoreError as error:
-            # It may be in force at the next opening, or not: what is committed from here on could be lost.
+            # It may be in force at the next opening, or not: what is committed from here on could be lost, until a
+            # later one is in force.
             self._error = error
             raise
+        self._error = None
         self._writer = self._new_writer(membership)
         await old.close()
         await self._drop_old()
@@ -362,10 +366,10 @@ class Catalog:
         encoded = [(entry, *encode_entry(entry)) for entry in entries]
         blocks = sum(len(data) // BLOCK_BYTES for _, data, _ in encoded)
         async with self._lock:
+            if self.error is not None:
+                await self._compact()
             writer = self._writer
             assert writer is not None, "the catalog was started"
-            if self._error is not None:
-                raise self._error
             if blocks > writer.fresh_room:
                 # No record of it fits a segment: it is committed by the snapshot.
                 for entry in entries:

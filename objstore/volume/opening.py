@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from objstore.backend.base import Backend
@@ -132,7 +132,12 @@ def tail_rows(disk: Disk, start: int) -> list[TailRow]:
     """The sealed segments from `start` on, as a head names them."""
     segments = [*disk.segments.values(), *(segment for segment, _ in disk.dead.values())]
     found = [s for s in segments if s.number >= start]
-    return [TailRow(s.number, s.seal_crc, sum(1 << z for z in s.zones)) for s in sorted(found, key=lambda s: s.number)]
+    return rows_of(sorted(found, key=lambda s: s.number))
+
+
+def rows_of(segments: Iterable[Segment]) -> list[TailRow]:
+    """As a head names them."""
+    return [TailRow(s.number, s.seal_crc, sum(1 << z for z in s.zones)) for s in segments]
 
 
 @functools.lru_cache(1024)

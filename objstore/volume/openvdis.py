@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,9 +12,11 @@ import msgspec
 from objstore.errors import NotFound, ReadOnly, Stopping, StoreError
 from objstore.format.catalog import Entry, HeadEntry, SnapshotEntry, VdiEntry
 from objstore.log.damage import Damage
+from objstore.log.takeover import Copied
 from objstore.volume.base import Volume
 from objstore.volume.frozen import FrozenVolume, open_snapshot
-from objstore.volume.opening import FrozenAt, close_disk, drop_garbage, open_disk, tail_rows
+from objstore.volume.opening import FrozenAt, close_disk, drop_garbage, open_disk, rows_of, tail_rows
+from objstore.volume.standstill import Standstill
 from objstore.volume.starting import Started
 from objstore.volume.vdi import Vdi
 
@@ -256,6 +259,7 @@ class OpenVdis:
             opened.keeper.end_snapshot(number)
         opened.disk.damage = self._damage.setdefault(entry.log, opened.disk.damage)
         vdi = Vdi(entry, opened.disk, opened.keeper)
+        vdi.standstill = Standstill(env, vdi.disk, partial(self._commit_copied, entry.vdi_id, vdi), vdi.look_again)
         self._open[entry.vdi_id] = vdi
         return vdi
 
@@ -265,6 +269,30 @@ class OpenVdis:
         if owed is None or snapshot is None:  # deleted meanwhile
             return []
         return [msgspec.structs.replace(snapshot, checkpoint=owed.checkpoint)]
+
+    async def _commit_copied(self, vdi_id: int, vdi: Vdi, copied: Copied) -> bool:
+        """Make a copy of the log's end count. False: it does not, and nothing has happened."""
+        if vdi_id in self._deleting or vdi_id not in self.catalog.state.vdis:
+            return False
+        keeper = vdi.keeper
+        tail = tail_rows(vdi.disk, min(keeper.previous_next_segment, keeper.next_segment))
+        kept = [row for row in tail if row.number < copied.former[0].number]
+        head = msgspec.structs.replace(
+            self._closed_head(vdi),
+            generation=copied.writer.generation,
+            tail=[*kept, *rows_of(copied.segments)],
+            first_number=copied.writer.next_number,
+            clean=False,
+        )
+        try:
+            await self.catalog.commit(head)
+        except StoreError as error:
+            now = self._head(vdi.disk.log)
+            if now is None or now.generation < head.generation:
+                log.warning("no head could be written log=%d: %s", vdi.disk.log, error)
+                return False
+            raise
+        return True
 
     def _head(self, log_number: int) -> HeadEntry | None:
         return self.catalog.state.heads.get(log_number)

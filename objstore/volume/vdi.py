@@ -26,6 +26,7 @@ from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, REGION_BLOCKS, 
 from objstore.volume.base import always
 from objstore.volume.opening import Placement
 from objstore.volume.reading import Reading, cover
+from objstore.volume.standstill import Standstill
 
 FILL_BLOCKS_MAX = (1 << 32) - REGION_BLOCKS
 """Of one operation; a longer fill is cut between regions of the map."""
@@ -62,6 +63,8 @@ class Vdi(Reading):
         self.attached = 0
         self.users = 0
         """Pieces of the store's own work that need this VDI to stay."""
+        self.standstill: Standstill | None = None
+        """Helps the log on when it stands still; None: nobody does."""
         self.last_flush: float | None = None
         self._env = disk.env
         self._maps = disk.env.maps
@@ -107,6 +110,10 @@ class Vdi(Reading):
     def write_through(self) -> bool:
         """Whether a write is durable before it is acknowledged, now."""
         return self._write_through
+
+    def look_again(self) -> None:
+        """The log has gone on after a standstill: what waits for segments or checkpoints may go on too."""
+        self._boundary()
 
     def _boundary(self) -> None:
         self.keeper.boundary()
@@ -427,6 +434,7 @@ class Vdi(Reading):
     async def abandon(self, reason: StoreError) -> None:
         """Take nothing more and stop, without making anything durable: the VDI is being deleted."""
         await self._quiesce(reason)
+        await self._leave_standing()
         await self.collector.close()
         await self.keeper.close()
         await self._writer.close()
@@ -449,5 +457,11 @@ class Vdi(Reading):
                 await self._writer.flush()
                 await self._writer.sealed_below(self._writer.next_number)
         finally:
+            await self._leave_standing()
             await self.keeper.close()
             await self._writer.close()
+
+    async def _leave_standing(self) -> None:
+        """From now on nobody helps the log on."""
+        if self.standstill is not None:
+            await self.standstill.close()

@@ -227,6 +227,8 @@ async def test_a_flush_fails_when_the_zone_can_not_be_done_without() -> None:
         memory = open_segment(writer).memory
         assert memory is not None
         assert any(memory), "it can still be read"
+        env.leave()
+        await turns()
 
 
 async def test_whoever_needs_the_zone_waits_before_giving_up() -> None:

@@ -16,6 +16,7 @@ from objstore.units import BLOCK_BYTES, MIB
 from objstore.volume.settings import StoreSettings
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import LOG, ModelDisk
+from tests.support.serving import eventually
 from tests.support.stepping import World, executor_of, failing, turns
 
 
@@ -246,18 +247,34 @@ async def test_a_checkpoint_without_space_is_given_up_and_the_disk_goes_on(
     await disk.check()
 
 
-async def test_zones_that_all_fail_under_a_checkpoint_stop_the_disk(
-    disk: ModelDisk, expected_warnings: ExpectedWarnings
+async def test_a_checkpoint_under_which_all_zones_fail_is_written_when_they_are_back(
+    disk: ModelDisk, expected_warnings: ExpectedWarnings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for text in ("checkpoint given up", "log stopped", "is put out", "is out of service", "can't be done without"):
+    for text in (
+        "given up",
+        "log stopped log=0",
+        "is put out",
+        "is out of service",
+        "can't be done without",
+        "is back",
+    ):
         expected_warnings.allow(text)
+    monkeypatch.setattr("objstore.log.env.PUT_OUT_AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr("objstore.volume.zones.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("objstore.log.keeper.IDLE_SECONDS", 0.02)
     await disk.write(0, 40)
     for backend in disk.world.backends:
         backend.fault = failing("put", "checkpoint/")
     with pytest.raises(Unavailable):
         await disk.vdi.keeper.checkpoint()
-    with pytest.raises(Unavailable):
-        await disk.vdi.flush()
+    await eventually(lambda: disk.vdi.keeper.number > 0)
+    store = disk.world.store
+    assert store is not None
+    await eventually(lambda: len(store.membership.in_service) == 2 and not store.env.failing)
+    await disk.write(50, 4)
+    await disk.vdi.flush()
+    await disk.reopen(clean=False)
+    await disk.check()
 
 
 async def test_a_zone_put_out_while_its_thread_works_for_a_checkpoint_does_not_stop_the_log(
