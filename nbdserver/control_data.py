@@ -35,6 +35,8 @@ BODIES_MAX: Final = 32
 """Others wait before their bodies are read."""
 STALL_SECONDS: Final = 30.0
 """A client that moves no byte of a body for so long loses its connection: others wait for its place."""
+FAREWELL_SECONDS: Final = 5.0
+"""A session that the server ends waits so long for its client's consent."""
 EXTENTS_MAX: Final = 1 << 12
 
 
@@ -119,13 +121,13 @@ class Sessions:
 
     async def close(self) -> None:
         """End every session."""
-        for socket in list(self._sockets.values()):
-            await socket.close(code=WSCloseCode.GOING_AWAY)
+        closing = [socket.close(code=WSCloseCode.GOING_AWAY) for socket in self._sockets.values()]
+        await asyncio.gather(*closing, return_exceptions=True)  # all at once: a client that is stopped never answers
 
     @operation("GET", "/v1/session", status=101, answer=Session)
     async def open_session(self, request: web.Request) -> web.StreamResponse:
         """Begin a session, by WebSocket; its first message names it, and its handles are closed when it ends."""
-        socket = web.WebSocketResponse()
+        socket = web.WebSocketResponse(timeout=FAREWELL_SECONDS)
         await socket.prepare(request)
         name = secrets.token_hex(16)
         self._sockets[name] = socket

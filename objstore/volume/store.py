@@ -132,19 +132,20 @@ class Store(SnapshotOperations):
         try:
             if prealloc:
                 await self._check_prealloc(size_bytes)
-            entry = VdiEntry(
-                vdi_id=state.next_vdi,
-                name=name,
-                log=state.next_log,
-                size_bytes=size_bytes,
-                copies=copies,
-                mode=mode,
-                created=self.env.clock.wall(),
-                prealloc=prealloc,
-            )
-            state.next_vdi += 1
-            state.next_log += 1
-            await self.catalog.commit(entry)
+            async with self._change:  # whoever takes numbers from the catalog holds it until they are taken there
+                entry = VdiEntry(
+                    vdi_id=state.next_vdi,
+                    name=name,
+                    log=state.next_log,
+                    size_bytes=size_bytes,
+                    copies=copies,
+                    mode=mode,
+                    created=self.env.clock.wall(),
+                    prealloc=prealloc,
+                )
+                state.next_vdi += 1
+                state.next_log += 1
+                await self.catalog.commit(entry)
             if prealloc:
                 vdi = await self._vdi(entry)
                 await vdi.zero(0, size_bytes, no_hole=True, fua=True)

@@ -1,6 +1,7 @@
 """The control socket and its client, over a real Unix socket."""
 
 import asyncio
+import contextlib
 import http.client
 import inspect
 import os
@@ -223,6 +224,21 @@ async def test_a_socket_that_is_answered_is_left_alone(server: ControlServer, pa
     await second.stop()
     assert await ask(path, lambda c: c.vdis()) == []
     assert server is not second
+
+
+async def test_a_server_that_accepts_nobody_is_left_alone_and_not_waited_for(path: Path, store: FakeStore) -> None:
+    """It is stopped in a debugger, say: connecting to it blocks as soon as its queue is full."""
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as waiting:
+        listening.bind(os.fspath(path))
+        listening.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(10):
+                client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(os.fspath(path))
+        with pytest.raises(errors.Busy, match="another server answers"):
+            await ControlServer(store, lambda: SERVER_STATUS).start(path)
+        assert path.is_socket()
 
 
 async def test_a_file_in_the_way_is_not_removed(path: Path, store: FakeStore) -> None:

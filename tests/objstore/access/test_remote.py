@@ -202,3 +202,25 @@ async def test_a_session_that_ended_while_a_handle_was_opened_gets_none(served: 
     finally:
         await control.close()
     assert served.vdi("disk").attached == 0
+
+
+async def test_the_stop_waits_for_all_silent_sessions_together(
+    zones: list[Path], socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that are stopped never say farewell."""
+    monkeypatch.setattr(control_data, "FAREWELL_SECONDS", 1.0)
+    silent = []
+    async with serving(zones, socket_path):
+        for _ in range(30):
+            reader, writer = await asyncio.open_unix_connection(socket_path)
+            writer.write(
+                b"GET /v1/session HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+            )
+            assert await reader.readline() == b"HTTP/1.1 101 Switching Protocols\r\n"
+            silent.append(writer)
+        limit = asyncio.get_running_loop().time() + 20
+    assert asyncio.get_running_loop().time() < limit, "one after the other takes half a minute"
+    for writer in silent:
+        writer.close()
+        await writer.wait_closed()

@@ -8,6 +8,7 @@ import pytest
 
 from objstore.backend.base import ZoneFailed
 from objstore.errors import Busy, Corrupt, Exists, FormatError, InvalidRequest, NotFound, Stopping, Unavailable
+from objstore.format.catalog import VdiEntry
 from objstore.names import NAME_BYTES_MAX
 from objstore.units import KIB, MIB, VDI_BYTES_MAX
 from objstore.volume.directories import lock_note, zone_paths
@@ -55,6 +56,32 @@ async def test_numbers_are_never_used_again(world: World) -> None:
             await world.store.delete_vdi(name)
         await world.kill()
         await world.open()
+
+
+async def test_numbers_are_taken_by_one_at_a_time(world: World) -> None:
+    """Two disks with one log number would be one disk."""
+    store = world.store
+    assert store is not None
+    async with store._change:
+        task = asyncio.create_task(store.create_vdi("disk", MIB))
+        await turns()
+        taken = store.catalog.state.next_log
+        await store.catalog.commit(
+            VdiEntry(
+                vdi_id=store.catalog.state.next_vdi,
+                name="other",
+                log=taken,
+                size_bytes=MIB,
+                copies=1,
+                mode="writeback",
+                created=0.0,
+                prealloc=False,
+            )
+        )
+    await task
+    assert store.vdi("other").log == taken
+    assert store.vdi("disk").log == taken + 1
+    assert store.vdi("disk").vdi_id != store.vdi("other").vdi_id
 
 
 async def test_what_create_refuses(world: World) -> None:
