@@ -370,3 +370,31 @@ async def test_a_snapshot_whose_map_is_being_written_stays_what_it_was(worlds: l
         into = bytearray(len(expected))
         await snapshot.read(0, len(expected), memoryview(into))
         assert into == expected
+
+
+async def test_a_zone_is_tried_again_by_itself_once_every_call_has_returned(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await started(worlds, 3, IMPATIENT)
+    disk = await ModelDisk(world).create(copies=3)
+    await flushed(disk, 1, 2)
+    store = world.store
+    assert store is not None
+    executor = executor_of(store.env)
+    executor.hold(2)
+    await disk.write(3, 4)
+    flush = asyncio.create_task(disk.vdi.flush())
+    await turns()
+    await store.env.put_out(2, ZoneFailed("no answer"))
+    await flush
+    monkeypatch.setattr("objstore.volume.zones.RETRY_SECONDS", 0.01)
+    store.zones._wake.set()
+    await eventually(lambda: 2 in store.zones._tried)
+    await turns(100)
+    assert store.env.in_service == {0, 1}, "a call from before could still write"
+    executor.release(2)
+    await turns()
+    world.clock.now += 1e3  # the next attempt is due
+    await eventually(lambda: store.env.in_service == {0, 1, 2})
+    await flushed(disk, 9)
+    await disk.check()
