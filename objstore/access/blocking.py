@@ -43,17 +43,28 @@ class _Runner:
     def __init__(self, *, background: bool) -> None:
         self._inside: asyncio.Runner | None = None
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop
         if background:
             self._loop = uvloop.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="objstore", daemon=True)
             self._thread.start()
         else:
             self._inside = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+            self._loop = self._inside.get_loop()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for it. Ctrl-C cancels it."""
         if self._inside is not None:
-            return self._inside.run(work)
+            # Not Runner.run: it changes signal handlers each time, which prints the result of the call into a message
+            # that nobody sees (25 ms for 1 MiB).
+            task = self._loop.create_task(work)
+            try:
+                return self._loop.run_until_complete(task)
+            except KeyboardInterrupt:
+                if not task.done():
+                    task.cancel()
+                    self._loop.run_until_complete(asyncio.wait([task]))
+                raise
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

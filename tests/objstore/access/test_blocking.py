@@ -4,7 +4,9 @@ import asyncio
 import errno
 import inspect
 import io
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +82,16 @@ def test_the_life_of_a_store(store: BlockingConnection) -> None:
         store.wait(0.01)
     store.delete("b")
     assert [vdi.name for vdi in store.vdis()] == ["a"]
+
+
+def test_ctrl_c_ends_the_call_and_not_the_connection(store: BlockingConnection) -> None:
+    def interrupted() -> None:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        store.wait(300)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert store.create("disk", MIB).name == "disk"
 
 
 def test_no_thread_of_the_facades_own(zones: list[Path]) -> None:
