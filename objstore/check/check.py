@@ -1,6 +1,7 @@
 """The check of a whole store, and its repair."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from objstore.check.catalog import Catalog, listing, read_catalog
@@ -8,8 +9,9 @@ from objstore.check.epochs import Line
 from objstore.check.layout import Damaged
 from objstore.check.log import check_log
 from objstore.check.members import Store, check_superblocks, check_top, epoch_in_force, read_superblock
-from objstore.check.report import Repair, Report, Severity
+from objstore.check.report import Finding, Repair, Report, Severity
 from objstore.check.zones import DirectoryZone, ZoneReader, ZoneWriter
+from objstore.errors import Unavailable
 
 Progress = Callable[[int], object]
 
@@ -18,9 +20,53 @@ def check_store(zones: Sequence[ZoneReader], *, on_progress: Progress = lambda s
     """Read everything that these zones of a store hold, and say what is wrong with it. Nothing is changed.
 
     on_progress: called with the bytes that were looked at since the last call.
-    Raises NotFound (no store), InvalidRequest (zones that don't belong together), NewerFormat. What can't be read is a
-    finding, not an error.
+    Raises NotFound (no store), InvalidRequest (zones that don't belong together), NewerFormat, Unavailable (no zone can
+    be listed). What can't be read is a finding, not an error.
     """
+    left: list[ZoneReader] = [_Listed(zone) for zone in zones]
+    unlisted: list[_Unlisted] = []
+    while True:
+        try:
+            report = _check(left, on_progress)
+            break
+        except _Unlisted as lost:  # what it has is unknown: that is no zone that has nothing
+            left = [zone for zone in left if zone.label != lost.zone]
+            unlisted.append(lost)
+            if not left:
+                raise Unavailable(f"{lost.zone}/{lost.folder} can't be listed: {lost.text}") from lost
+    for each in unlisted:
+        text = f"can't be listed: {each.text}; the zone was checked as if it were missing"
+        report.add(Finding(Severity.FAULT, "zone", text, each.zone, each.folder))
+    return report
+
+
+class _Unlisted(Exception):
+    """A zone can't say what it has in a folder."""
+
+    def __init__(self, zone: str, folder: str, text: str) -> None:
+        super().__init__(zone, folder, text)
+        self.zone = zone
+        self.folder = folder
+        self.text = text
+
+
+class _Listed:
+    """A zone whose lists are whole, or _Unlisted."""
+
+    def __init__(self, zone: ZoneReader) -> None:
+        self._zone = zone
+        self.label = zone.label
+        self.size = zone.size
+        self.read = zone.read
+
+    def list(self, folder: str) -> Sequence[str]:
+        try:
+            return self._zone.list(folder)
+        except OSError as error:
+            raise _Unlisted(self.label, folder, error.strerror or str(error)) from error
+
+
+def _check(zones: Sequence[ZoneReader], on_progress: Progress) -> Report:
     report = Report()
     store = Store(list(zones), report, on_progress)
     check_superblocks(store)
@@ -64,9 +110,10 @@ def total_bytes(zones: Sequence[ZoneReader]) -> int:
     """About as many bytes as a check will look at."""
     total = 0
     for zone in zones:
-        for top in ("log", "checkpoint"):
-            for folder in zone.list(top):
-                total += sum(zone.size(f"{top}/{folder}/{name}") or 0 for name in zone.list(f"{top}/{folder}"))
+        with suppress(OSError):  # the check says it
+            for top in ("log", "checkpoint"):
+                for folder in zone.list(top):
+                    total += sum(zone.size(f"{top}/{folder}/{name}") or 0 for name in zone.list(f"{top}/{folder}"))
     return total
 
 

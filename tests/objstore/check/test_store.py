@@ -2,6 +2,7 @@
 
 import random
 import struct
+from collections.abc import Sequence
 
 import pytest
 from crc32c import crc32c
@@ -9,7 +10,7 @@ from crc32c import crc32c
 from objstore.check.check import check_store, repair
 from objstore.check.layout import PAGE
 from objstore.check.report import Severity, Verdict
-from objstore.errors import InvalidRequest, NewerFormat, NotFound
+from objstore.errors import InvalidRequest, NewerFormat, NotFound, Unavailable
 from tests.conftest import ExpectedWarnings
 from tests.objstore.check.stores import CATALOG, CHECKPOINT, LOG, Checked, faults, named, used_store
 from tests.support.check_zones import ObjectZone
@@ -279,6 +280,35 @@ async def test_a_zone_that_cannot_be_read_is_not_the_end() -> None:
     report = store.check()
     assert named(report) == {(f"/zone{zone}", name)}
     assert "Input/output error" in faults(report)[0].text
+
+
+class Unlistable(ObjectZone):
+    """A zone that can't say what it has in one of its folders."""
+
+    folder = ""
+
+    def list(self, folder: str) -> Sequence[str]:
+        if folder == self.folder:
+            raise OSError(5, "Input/output error")
+        return super().list(folder)
+
+
+@pytest.mark.parametrize("folder", ["", "epoch", "catalog", "log", "log/000000", "log/000001", "checkpoint/000001"])
+async def test_a_zone_that_cannot_be_listed_is_as_good_as_missing(folder: str) -> None:
+    """What it doesn't list must not be taken for lost, nor repaired there."""
+    store = await used_store()
+    store.zones[1] = Unlistable("/zone1", store.zones[1].objects)
+    store.zones[1].folder = folder
+    report = store.check()
+    found = {(finding.zone, finding.name): finding.text for finding in faults(report)}
+    assert "Input/output error; the zone was checked as if it were missing" in found["/zone1", folder]
+    assert {finding.kind for finding in faults(report)} == {"zone", "missing-zone"}
+    assert not any(finding.repair for finding in report.findings if finding.zone == "/zone1")
+    for zone in (0, 2):
+        store.zones[zone] = Unlistable(f"/zone{zone}", store.zones[zone].objects)
+        store.zones[zone].folder = folder
+    with pytest.raises(Unavailable, match="can't be listed: Input/output error"):
+        store.check()
 
 
 async def test_a_zone_that_failed_while_it_was_used() -> None:
