@@ -8,13 +8,16 @@ A file that differs afterwards means that stores written by earlier programs can
 from array import array
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from crc32c import crc32c
 
 from objstore.format.catalog import (
+    AttributeEntry,
     DeleteEntry,
     Entry,
     HeadEntry,
+    JobEntry,
     PurgedEntry,
     Snapshot,
     StopEntry,
@@ -83,6 +86,28 @@ HEAD = HeadEntry(
     copies=2,
 )
 ENTRIES: list[Entry] = [VDI, HEAD, DeleteEntry(vdi_id=2), PurgedEntry(log=LOG), StopEntry(wall=2.5)]
+ATTRIBUTE = AttributeEntry(vdi_id=2, name="o/wner é", value=b"\0\xff")
+JOB = JobEntry(
+    job_id=3,
+    kind="allocate",
+    vdi="größe",
+    offset_bytes=5,
+    length_bytes=1 << 40,
+    state="failed",
+    started=1.5,
+    noted=2.5,
+    bytes_done=4096,
+    message="full",
+)
+NOTES: list[Entry] = [
+    ATTRIBUTE,
+    msgspec.structs.replace(ATTRIBUTE, value=None),
+    msgspec.structs.replace(JOB, state="running", message=""),
+    JOB,
+]
+NOTES_SNAPSHOT = Snapshot(
+    next_log=4, next_vdi=3, vdis=[VDI], heads=[], garbage=[], clean=True, attributes=[ATTRIBUTE], jobs=[JOB], next_job=4
+)
 SNAPSHOT = Snapshot(next_log=4, next_vdi=3, vdis=[VDI], heads=[HEAD], garbage=[1, 2], clean=False)
 SUPERBLOCK = Superblock(
     store=STORE_ID.hex(),
@@ -189,6 +214,8 @@ def make_all() -> dict[str, bytes]:
         "segment": make_segment()[0],
         "checkpoint": make_checkpoint(),
         "catalog-entries": b"".join(encode_entry(entry)[0] for entry in ENTRIES),
+        "catalog-notes": b"".join(encode_entry(entry)[0] for entry in NOTES),
+        "catalog-notes-snapshot": encode_snapshot(NOTES_SNAPSHOT, STORE_ID, 7),
         "catalog-snapshot": encode_snapshot(SNAPSHOT, STORE_ID, 6),
     }
 

@@ -155,6 +155,21 @@ def test_catalog_entries() -> None:
         assert not any(block[length:])
 
 
+def test_attributes_and_jobs() -> None:
+    data = stored("catalog-notes")
+    plain = []
+    for number, entry in enumerate(golden.NOTES):
+        block = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+        length = encode_entry(entry)[1]
+        assert decode_entry(block, length) == entry
+        plain.append(msgspec.msgpack.decode(block[:length]))
+    assert [one["type"] for one in plain] == ["attribute", "attribute", "job", "job"]
+    assert [one["value"] for one in plain[:2]] == [b"\0\xff", None]
+    assert "message" not in plain[2]
+    assert plain[3]["message"] == "full"
+    assert decode_snapshot(stored("catalog-notes-snapshot"), golden.STORE_ID, 7) == golden.NOTES_SNAPSHOT
+
+
 def test_catalog_snapshot() -> None:
     data = stored("catalog-snapshot")
     assert decode_snapshot(data, golden.STORE_ID, 6) == golden.SNAPSHOT
