@@ -7,6 +7,7 @@ looked at like a stranger's before it takes part again; what it holds counts onl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
@@ -267,8 +268,15 @@ class Zones:
             await run(env.executor, number, give_epochs, zone.backend, lacking)
         except StoreError as error:
             log.warning("%r gets the old epoch records at the next start: %s", zone, error)
-        numbers = membership.in_service
-        note_members([p for p in self._places if p.superblock and p.superblock.number in numbers], self._known())
+        await self._note_members()
+
+    async def _note_members(self) -> None:
+        """Every superblock gets to know which zones there are, as far as it can be written now."""
+        known = self._known()
+        for place in list(self._places):
+            if place.superblock is not None and place.superblock.number in self._store.membership.in_service:
+                with contextlib.suppress(StoreError):  # it has just been put out
+                    await run(self._env.executor, place.superblock.number, note_members, [place], known)
 
     def _ids(self) -> set[str]:
         return {zone.id for zone in self._known()}
@@ -329,8 +337,7 @@ class Zones:
         self._leaving.discard(zone.number)
         self._leave(zone.number, ZoneFailed("it was removed"))
         self._places[:] = [p for p in self._places if p.superblock is None or p.superblock.number != zone.number]
-        numbers = self._store.membership.in_service
-        note_members([p for p in self._places if p.superblock and p.superblock.number in numbers], self._known())
+        await self._note_members()
 
     async def _is_empty(self, number: int) -> bool:
         """Whether a zone holds nothing but the catalog."""

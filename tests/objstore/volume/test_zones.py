@@ -260,3 +260,42 @@ async def test_a_zone_that_was_removed_is_given_back(impatient: World) -> None:
     assert await store.zones.add("zone1") == 3
     assert store.membership.in_service == {0, 2, 3}
     await impatient.stop()
+
+
+async def test_no_change_of_zones_calls_a_zone_in_the_event_loop(impatient: World) -> None:
+    """It may hang, and everybody with it."""
+    store = impatient.store
+    assert store is not None
+    executor = executor_of(store.env)
+    step, opened = executor.step, impatient.reopen
+    inside = False
+    outside: list[tuple[str, str]] = []
+
+    def stepped(zone: int) -> None:
+        nonlocal inside
+        inside = True
+        step(zone)
+        inside = False
+
+    def fault(call: str, name: str) -> None:
+        if not inside:
+            outside.append((call, name))
+
+    def reopen(path: str) -> WatchedBackend:
+        if not inside:
+            outside.append(("reopen", path))
+        backend = opened(path)
+        backend.fault = fault
+        return backend
+
+    executor.step = stepped  # type: ignore[method-assign]
+    store.zones._reopen = reopen
+    for backend in impatient.backends:
+        backend.fault = fault
+    await store.zones.add("zone3")
+    assert await come_back(impatient) == {0, 1, 2, 3}
+    await store.zones.set_weight("zone0", 2.0)
+    await store.zones.drain("zone0")
+    await store.wait_for_recovery()
+    await store.zones.remove("zone0")
+    assert outside == []
