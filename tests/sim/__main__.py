@@ -9,10 +9,11 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from typing import Any
 
 from tests.sim.bugs import BUGS, count_all, deliberate, knobs_of, report
 from tests.sim.knobs import DEFAULT
-from tests.sim.runner import run_many, run_one, show_progress
+from tests.sim.runner import knob, run_many, run_one, show_progress
 
 
 def main() -> int:
@@ -22,11 +23,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--trace", action="store_true", help="print every event and system call")
     parser.add_argument("--bugs", nargs="*", metavar="BUG", help="deliberate bugs (none named: all of them)")
-    parser.add_argument("--knob", action="append", default=[], metavar="NAME=SHARE", help="see knobs.py")
+    parser.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="see knobs.py")
     parser.add_argument("--zone-kinds", metavar="KIND,...", help="what happens to zones, see zone_faults.py")
     options = parser.parse_args()
-    shares = {name: float(share) for name, _, share in (knob.partition("=") for knob in options.knob)}
-    knobs = dataclasses.replace(DEFAULT, **shares)
+    values: dict[str, Any] = dict(map(knob, options.knob))
+    knobs = dataclasses.replace(DEFAULT, **values)
     if options.zone_kinds:
         knobs = dataclasses.replace(knobs, seeds_zone_faults=1.0, zone_kinds=tuple(options.zone_kinds.split(",")))
     seeds = range(options.start, options.start + options.seeds)

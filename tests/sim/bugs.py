@@ -16,13 +16,15 @@ from typing import Any, Final, NamedTuple, TextIO
 from tests.sim.bugs_opening import OPENING
 from tests.sim.bugs_snapshots import SNAPSHOTS
 from tests.sim.bugs_writing import WRITING
+from tests.sim.bugs_zones import ZONES
 from tests.sim.knobs import DEFAULT, Knobs
 from tests.sim.runner import run_one
 
-BUGS: Final[dict[str, list[Callable[[], Any]]]] = {**WRITING, **OPENING, **SNAPSHOTS}
-_USUAL: Final = dataclasses.replace(DEFAULT, seeds_zone_faults=0.0)
+BUGS: Final[dict[str, list[Callable[[], Any]]]] = {**WRITING, **OPENING, **SNAPSHOTS, **ZONES}
+_USUAL: Final = dataclasses.replace(DEFAULT, seeds_zone_faults=0.0, seeds_zones=0.0)
 """A zone in trouble would hide what goes wrong in it, and keeps other faults away."""
 _KILL_THEN_CUT: Final = dataclasses.replace(_USUAL, kills=0.9, cut_after_kill=0.9, eio=0.0, seeds_one_copy=1.0)
+_ZONES: Final = dataclasses.replace(DEFAULT, seeds_zones=1.0)
 KNOBS: Final = {
     "recovered-not-synced": _KILL_THEN_CUT,
     "seals-not-synced": _KILL_THEN_CUT,
@@ -36,6 +38,7 @@ KNOBS: Final = {
     "snapshot-not-flushed": dataclasses.replace(_USUAL, crash_phase="snapshot", kills=0.0, eio=0.0),
     "space-not-set-aside": dataclasses.replace(_USUAL, seeds_tight=1.0, eio=0.0),
 }
+KNOBS.update(dict.fromkeys(ZONES, _ZONES))
 """Scenarios that meet what a bug needs more often than the usual mix does."""
 SEEDS_MAX: Final = 200
 _MISFITS: Final = ("AttributeError", "NameError", "TypeError")

@@ -62,6 +62,9 @@ class Request:
 class DiskModel:
     """One VDI. `existence`: "yes", "no", or "maybe" while its creation or deletion is under way.
 
+    opened_in: the epoch in which it was opened last, counted from 0 (zone_scenario.py).
+    copies_next: what its copies are being changed to, 0 = nothing. copies_least: the fewest that anything in it has.
+
     base: blocks that are not holes as this life found them. history: the requests taken since, in log order.
     allowed: after a crash, bit k = the image may be the state after k requests; None while the store serves.
     """
@@ -71,6 +74,9 @@ class DiskModel:
         self.size_bytes = size_bytes
         self.mode = mode
         self.copies = copies
+        self.copies_next = 0
+        self.copies_least = copies
+        self.opened_in = 0
         self.existence = "maybe"
         self.deleting = False
         self.base: dict[int, State] = {}

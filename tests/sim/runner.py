@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import multiprocessing
 import sys
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TextIO
 
 from tests.sim.knobs import DEFAULT, Knobs
-from tests.sim.scenario import run_seed
-from tests.sim.world import CRASH_CALLS, PHASES
+from tests.sim.seeds import run_seed
+from tests.sim.world import CRASH_CALLS, PHASES, ZONE_PHASES
 from tests.sim.zone_faults import KINDS
 
 FAULTS: Final = (
@@ -38,6 +39,16 @@ FAULTS: Final = (
     "zone-hang-ended",
     "zone-refused",
 )
+ZONE_FAULTS: Final = (
+    *(f"change-{change}" for change in ("add", "copies", "drain", "remove", "replace", "weight")),
+    *(f"subset-{end}" for end in ("opened", "refused", "unreadable", "vdi-refused")),
+    "zone-back-while-open",
+    "zone-change-cut",
+    "zone-hung-and-out",
+    "zone-recovered",
+    "zone-vdi-refused",
+)
+"""Those of zone_scenario.py."""
 SEEDS_FOR_ALL: Final = 500
 """From so many seeds on every phase, every system call and every fault must have been met."""
 FAILURES_SHOWN: Final = 5
@@ -58,6 +69,7 @@ class Totals:
     """All seeds of a run."""
 
     seeds: int = 0
+    knobs: Knobs = DEFAULT
     crashes: Counter[tuple[str, str]] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     failures: list[Result] = field(default_factory=list)
@@ -76,29 +88,48 @@ class Totals:
         if self.seeds >= SEEDS_FOR_ALL:
             calls = {call for _, call in self.crashes}
             missing += [f"a crash at {call}" for call in (*CRASH_CALLS, "step") if call not in calls]
-            missing += [f"the fault {fault}" for fault in FAULTS if not self.faults[fault]]
+            wanted = (*FAULTS, *ZONE_FAULTS) if self.knobs.seeds_zones else FAULTS
+            missing += [f"the fault {fault}" for fault in wanted if not self.faults[fault]]
+            if self.knobs.seeds_zones:
+                missing += [f"a crash during {phase}" for phase in ZONE_PHASES if phase not in phases]
         return missing
 
     def report(self, out: TextIO) -> None:
         """Counters as tables, then failures with the command that repeats each."""
         calls = ("step", *CRASH_CALLS)
         print(f"crash points, {self.seeds} seeds (a point counts for everything that was under way)", file=out)
-        print(f"{'':16}" + "".join(f"{phase:>11}" for phase in PHASES), file=out)
+        print(f"{'':16}" + "".join(f"{phase:>11}" for phase in (*PHASES, *ZONE_PHASES)), file=out)
         for call in calls:
-            row = "".join(f"{self.crashes[phase, call]:>11}" for phase in PHASES)
+            row = "".join(f"{self.crashes[phase, call]:>11}" for phase in (*PHASES, *ZONE_PHASES))
             print(f"{call:16}{row}", file=out)
         print("faults: " + ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())), file=out)
         for missing in self.never_met():
             print(f"NEVER MET: {missing}", file=out)
         for result in self.failures[:FAILURES_SHOWN]:
-            print(f"\nseed {result.seed} FAILED; repeat: {command(result.seed)}\n{result.failure}", file=out)
+            print(
+                f"\nseed {result.seed} FAILED; repeat: {command(result.seed, self.knobs)}\n{result.failure}", file=out
+            )
         if len(self.failures) > FAILURES_SHOWN:
             print(f"\nfailed seeds: {[result.seed for result in self.failures]}", file=out)
 
 
-def command(seed: int) -> str:
+def command(seed: int, knobs: Knobs = DEFAULT) -> str:
     """What to type to see one seed again."""
-    return f"python -m tests.sim --start {seed} --seeds 1 --trace"
+    words = [f"python -m tests.sim --start {seed} --seeds 1 --trace"]
+    for name in (each.name for each in dataclasses.fields(Knobs)):
+        value = getattr(knobs, name)
+        if value != getattr(DEFAULT, name):
+            words.append(f"--knob {name}={','.join(value) if isinstance(value, tuple) else value}")
+    return " ".join(words)
+
+
+def knob(text: str) -> tuple[str, float | str | tuple[str, ...]]:
+    """(name, value) of NAME=VALUE. ValueError, AttributeError: there is no such knob, or not with such a value."""
+    name, _, value = text.partition("=")
+    usual = getattr(DEFAULT, name)
+    if isinstance(usual, tuple):
+        return name, tuple(value.split(","))
+    return name, value if isinstance(usual, str) else float(value)
 
 
 def run_one(seed: int, *, trace: Callable[[str], None] | None = None, knobs: Knobs = DEFAULT) -> Result:
@@ -122,7 +153,7 @@ def run_many(
     progress: Callable[[Totals], None] | None = None,
 ) -> Totals:
     """All seeds, `jobs` at a time."""
-    totals = Totals()
+    totals = Totals(knobs=knobs)
     if jobs <= 1:
         for seed in seeds:
             totals.add(run_one(seed, knobs=knobs))

@@ -13,7 +13,7 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -36,7 +36,7 @@ from objstore.volume.frozen import FrozenVolume
 from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.store import Store, open_zones
 from objstore.volume.vdi import Vdi
-from tests.sim.knobs import DEFAULT, Knobs
+from tests.sim.knobs import Knobs
 from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Request, Violation, stamped
 from tests.sim.snapshots import Snapshots
 from tests.sim.world import CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
@@ -79,7 +79,13 @@ class Outcome:
 
 
 class Scenario:
-    """A seed at work."""
+    """A seed at work.
+
+    phases: in which the process may die. pauses: means of what clients wait between requests.
+    """
+
+    phases: Sequence[str] = PHASES
+    pauses: Sequence[float] = (1e-4, 1e-3, 2e-2)
 
     def __init__(self, world: World, knobs: Knobs, seed: int) -> None:
         self.world = world
@@ -97,7 +103,7 @@ class Scenario:
         # Reading everything with the other reader takes as long as a short life.
         chance = rng.random()
         self.checks_all, self.checks_end = chance < 0.05, chance < 0.3
-        self.copies_max = 1 if random.Random(seed + 2).random() < knobs.seeds_one_copy else len(world.zones)
+        self.copies_max = 1 if random.Random(seed + 2).random() < knobs.seeds_one_copy else world.zones_first
         troubled = self.copies_max > 1 and random.Random(seed + 3).random() < knobs.seeds_zone_faults
         self.snapshots = Snapshots(self, seed)
         self.trouble = ZoneFaults(world, seed, knobs.zone_kinds if troubled else ())
@@ -284,7 +290,7 @@ class Scenario:
         if self.knobs.crash_names:
             return Trigger(None, "fsync", rng.randrange(1, 4), folder=self.knobs.crash_names)
         chance = rng.random()
-        phase = self.knobs.crash_phase or rng.choice((*PHASES, "serving", "serving", "recovery"))
+        phase = self.knobs.crash_phase or rng.choice((*self.phases, "serving", "serving", "recovery"))
         if chance < 0.5:
             call, expected = None, CALLS_EXPECTED[phase]
         elif chance < 0.75:
@@ -314,8 +320,7 @@ class Scenario:
                 await self._open_disk(store, self.models[name])
         world.phase = "verify"
         for name in sorted(self.models):
-            await self._verify(self.models[name])
-            self.models[name].settle()
+            await self._show(self.models[name])
         await self.snapshots.verify(store, 1.0 if last else 0.5)
         if not last:
             world.phase = "serving"
@@ -334,7 +339,7 @@ class Scenario:
         if last:
             if end == "stop" and self.rng.random() < 0.7:
                 await self.snapshots.delete_all(store)
-            await self._quiet(store)
+            await self._come_to_rest(store)
             if not self.snapshots.models:
                 self._check_files(store)
         try:
@@ -455,7 +460,16 @@ class Scenario:
                 model.crashed()
             return
 
+    async def _come_to_rest(self, store: Store) -> None:
+        """The last life: whatever is under way ends."""
+        await self._quiet(store)
+
     # -- looking at whole disks ---------------------------------------------------------------------------------
+
+    async def _show(self, model: DiskModel) -> None:
+        """After opening: what the disk shows is what it is from now on."""
+        await self._verify(model)
+        model.settle()
 
     async def _verify(self, model: DiskModel) -> None:
         await self.show(model, self.open_models[model.name])
@@ -645,7 +659,7 @@ class Client:
         rng = self.rng
         for _ in range(operations):
             if rng.random() < 0.5:
-                await asyncio.sleep(rng.expovariate(1.0) * rng.choice((1e-4, 1e-3, 2e-2)))
+                await asyncio.sleep(rng.expovariate(1.0) * rng.choice(self.scenario.pauses))
             if rng.random() < 0.2:
                 await asyncio.gather(*(self._one() for _ in range(rng.randrange(2, 6))))
             else:
@@ -877,12 +891,4 @@ def instrumented(world: World, rng: random.Random) -> Iterator[None]:
         log.propagate = propagate
 
 
-def run_seed(seed: int, *, trace: Callable[[str], None] | None = None, knobs: Knobs = DEFAULT) -> Outcome:
-    """Run one seed; raises what it found."""
-    zones = random.Random(seed).choice((2, 3, 3, 4))
-    world = World(seed, zones, trace=trace)
-    with instrumented(world, random.Random(seed + 1)):
-        return Scenario(world, knobs, seed).run()
-
-
-__all__ = ["Outcome", "run_seed"]
+__all__ = ["Outcome", "Scenario", "instrumented"]

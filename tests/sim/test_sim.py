@@ -3,6 +3,7 @@
 SIM_SEEDS sets how many seeds; SIM_START the first one.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import sys
 import pytest
 
 from tests.sim.bugs import BUGS, Caught, look_for_all, report
-from tests.sim.runner import Result, command, run_many, run_one
+from tests.sim.knobs import DEFAULT
+from tests.sim.runner import Result, command, knob, run_many, run_one
 
-SEEDS_IN_CI = 2000
+SEEDS_IN_CI = 1000
 SEEDS_HERE = 100
 
 
@@ -63,6 +65,14 @@ def _digest(seed: int, hash_seed: str) -> str:
 def test_one_seed_one_schedule(seed: int) -> None:
     """Also in processes that hash strings differently."""
     assert _digest(seed, "1") == _digest(seed, "2")
+
+
+def test_the_command_that_repeats_a_seed_names_its_knobs() -> None:
+    knobs = dataclasses.replace(DEFAULT, flips=0.5, crash_phase="recovery", zone_kinds=("eio", "lie"))
+    words = command(7, knobs).split()
+    given = dict(knob(word) for word in words if "=" in word)
+    assert dataclasses.replace(DEFAULT, **given) == knobs  # type: ignore[arg-type]
+    assert command(7) == "python -m tests.sim --start 7 --seeds 1 --trace"
 
 
 def test_few_seeds() -> None:

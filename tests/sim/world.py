@@ -27,6 +27,8 @@ PHASES: Final = (
     "snapshot",
     "shutdown",
 )
+ZONE_PHASES: Final = ("zones", "copying")
+"""A change of zones that an administrator asked for; a pass of recovery."""
 CRASH_CALLS: Final = (
     "open",
     "close",
@@ -86,11 +88,14 @@ FAILING_CALLS: Final = ("pwritev", "fdatasync", "fsync")
 class World:
     """Zones and the present process. One seed, one sequence of events."""
 
-    def __init__(self, seed: int, zones: int, *, trace: Callable[[str], None] | None = None) -> None:
+    def __init__(self, seed: int, zones: int, *, spare: int = 0, trace: Callable[[str], None] | None = None) -> None:
+        """zones: of the store when it is made. spare: further file systems, on which zones can be added."""
         self.rng = random.Random(seed)
+        self.zones_first = zones
         shared = seed % 3 == 0  # zones on one device sync in one thread
         self.zones = [
-            FakeFileSystem(rng=random.Random(seed * 64 + z), device=1 if shared else 1 + z) for z in range(zones)
+            FakeFileSystem(rng=random.Random(seed * 64 + z), device=1 if shared else 1 + z)
+            for z in range(zones + spare)
         ]
         for z, fs in enumerate(self.zones):
             fs.make_folder(f"/zone{z}")
@@ -105,7 +110,7 @@ class World:
         self.dead = False
         self.failing: Failing | None = None
         self.zone_failed = False
-        self.failing_zone = -1
+        self.failing_zones: set[int] = set()
         self.zone_rots = False
         self.loop: SimLoop | None = None
         self.executor: SimExecutor | None = None
@@ -129,7 +134,7 @@ class World:
         self.dead = False
         self.failing = None
         self.zone_failed = False
-        self.failing_zone = -1
+        self.failing_zones = set()
         self.active.clear()
         self.loop = SimLoop(now)
         if self.trigger is not None and self.trigger.call == "step":
@@ -209,7 +214,7 @@ class World:
                 self.show(f"    zone {zone} {name} {self._shown(zone, name, args)}")
             if self.failing is not None:
                 self._maybe_fail(zone, name)
-            if zone == self.failing_zone and name in FAILING_CALLS:
+            if zone in self.failing_zones and name in FAILING_CALLS:
                 self.faults[f"eio-{name}"] += 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             trigger = self.trigger

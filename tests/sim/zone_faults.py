@@ -102,10 +102,10 @@ class ZoneFaults:
         rng, world = self.rng, self.world
         if self.kind == "eio":
             await asyncio.sleep(rng.random() * 0.2)
-            world.failing_zone = self.zone
+            world.failing_zones.add(self.zone)
             if rng.random() < 0.5:
                 await asyncio.sleep(rng.random() * 3)
-                world.failing_zone = -1
+                world.failing_zones.discard(self.zone)
         elif self.kind == "hang":
             await asyncio.sleep(rng.random() * 0.2)
             executor = world.executor

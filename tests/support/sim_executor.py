@@ -24,7 +24,7 @@ class SimExecutor:
 
     slow_seconds: mean delay per zone; a call in twenty takes ten times that, one in a hundred a hundred times.
     slow: of the calls named here one in four starts later by up to so many seconds.
-    dead: no call runs or completes any more.
+    dead: no call runs or completes any more. late: zones that a call from before their re-admission reached behind it.
     """
 
     def __init__(self, loop: SimLoop, rng: random.Random, slow_seconds: list[float]) -> None:
@@ -40,7 +40,9 @@ class SimExecutor:
         self._orphans: dict[int, list[Closable]] = {}
         self._out: dict[int, StoreError] = {}
         self._hanging: set[int] = set()
-        self._held: list[Callable[[], None]] = []
+        self._held: list[tuple[tuple[int, ...], Callable[[], None]]] = []
+        self._admitted: Counter[int] = Counter()
+        self.late: list[int] = []
         self.dead = False
         self.on_job: Callable[[int, Callable[..., Any]], None] | None = None
 
@@ -67,7 +69,7 @@ class SimExecutor:
         zones = (zone, *others)
         for each in zones:
             self._calls.setdefault(each, {})[done] = self._now
-        self._loop.call_later(delay, self._run, zones, function, args, done)
+        self._loop.call_later(delay, self._run, zones, function, args, done, self._admissions(zones))
 
     submit_long = submit
 
@@ -77,7 +79,7 @@ class SimExecutor:
 
     def _delay(self, zone: int) -> float:
         chance = self._rng.random()
-        mean = self._slow_seconds[zone]
+        mean = self._slow_seconds[zone % len(self._slow_seconds)]
         if chance < 0.3:
             return FAST_SECONDS
         if chance > 0.94:
@@ -90,20 +92,32 @@ class SimExecutor:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         done: Done,
+        admissions: list[int],
     ) -> None:
         if self.dead:
             return
         awaited = any(done in self._calls[zone] for zone in zones)
         if awaited and not self._hanging.isdisjoint(zones) and self._rng.random() < 0.7:
-            self._held.append(functools.partial(self._do, zones, function, args, done, True))
+            self._held.append((zones, functools.partial(self._do, zones, function, args, done, True, admissions)))
         else:
-            self._do(zones, function, args, done, awaited)
+            self._do(zones, function, args, done, awaited, admissions)
+
+    def _admissions(self, zones: Sequence[int]) -> list[int]:
+        return [self._admitted[zone] for zone in zones]
 
     def _do(
-        self, zones: tuple[int, ...], function: Callable[..., Any], args: tuple[Any, ...], done: Done, begun: bool
+        self,
+        zones: tuple[int, ...],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        done: Done,
+        begun: bool,
+        admissions: list[int],
     ) -> None:
         if self.dead:
             return
+        if begun and admissions != self._admissions(zones):
+            self.late += zones
         result: Any = None
         error: BaseException | None = None
         if begun:
@@ -124,14 +138,17 @@ class SimExecutor:
         """What hung goes on, whoever waits for it still or again or no more."""
         self._hanging.discard(zone)
         held, self._held = self._held, []
-        for go_on in held:
-            self._loop.call_later(self._delay(zone), go_on)
+        for zones, go_on in held:
+            if self._hanging.isdisjoint(zones):
+                self._loop.call_later(self._delay(zone), go_on)
+            else:
+                self._held.append((zones, go_on))
 
     def _finish(self, zones: tuple[int, ...], done: Done, result: Any, error: BaseException | None) -> None:
         if self.dead:
             return
         if not self._hanging.isdisjoint(zones):
-            self._held.append(functools.partial(self._finish, zones, done, result, error))
+            self._held.append((zones, functools.partial(self._finish, zones, done, result, error)))
             return
         awaited = False
         for zone in zones:
@@ -179,6 +196,7 @@ class SimExecutor:
         if self.outstanding(zone):
             raise Busy(f"calls have not returned zone={zone}")
         self._out.pop(zone, None)
+        self._admitted[zone] += 1
 
     def close(self) -> None:
         self._closed = True
