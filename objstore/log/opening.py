@@ -11,6 +11,7 @@ A crash anywhere repeats the same steps from the old head: segments of an uncomm
 import asyncio
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -31,7 +32,7 @@ from objstore.log.tail import (
     seal_of,
 )
 from objstore.log.trust import Trust
-from objstore.log.writer import LogWriter
+from objstore.log.writer import UNSEALED_MAX, LogWriter
 from objstore.replica.zone import run, run_long
 from objstore.units import BLOCK_BYTES
 
@@ -39,9 +40,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOOKS_AT_ONCE = 64
+LOOKS_AT_ONCE = 32
 LOOKS_PER_CALL = 16
 """Segments that one call in a zone's thread looks at: handing over a call takes as long as a look."""
+SETTLED_SEGMENTS = 2 * UNSEALED_MAX
+"""With so many later segments on a zone that took records, a segment's seal is durable there (DESIGN.md, rule 6)."""
 FRESH_MARGIN_BLOCKS = 8
 """Blocks that a segment needs beyond the data of its first record."""
 
@@ -249,6 +252,8 @@ class _TailReader:
         self._previous_crc = base.previous_crc
         self._rows = {row.number: row for row in head.tail if row.number >= base.next_segment}
         self._claim = 0
+        self._later: Counter[int] = Counter()
+        """By zone: segments looked at so far, all later than those to come, that took records there."""
         store_id = env.store_id
         self._looks = self._each(lambda backend, number: look_at(backend, store_id, log, number))
         self._seals = self._each(lambda backend, number: seal_of(backend, store_id, log, number, False))
@@ -268,9 +273,14 @@ class _TailReader:
         first = self._head.first_number
         numbers = sorted(n for n in self._shown if n >= self._first and (n in self._rows or n >= first))
         looks: dict[int, _Look] = {}
-        for low in range(0, len(numbers), LOOKS_AT_ONCE):
-            part = numbers[low : low + LOOKS_AT_ONCE]
-            looks.update(zip(part, await asyncio.gather(*(self._look(number) for number in part)), strict=True))
+        # The last ones first: what they show settles what lies before.
+        for high in range(len(numbers), 0, -LOOKS_AT_ONCE):
+            part = numbers[max(0, high - LOOKS_AT_ONCE) : high]
+            found = await asyncio.gather(*(self._look(number) for number in part))
+            looks.update(zip(part, found, strict=True))
+            for number, look in zip(part, found, strict=True):
+                if number not in self._rows:
+                    self._later.update(look.sealed)
         for number in numbers:
             await self._take(number, looks[number])
         if self._claim > self._position:
@@ -376,8 +386,8 @@ class _TailReader:
     async def _look_new(self, number: int) -> _Look:
         """A segment written after the head. Its seal counts if all zones that have what was flushed to it show the
         same: each wrote it after its own body was synced, so one zone's seal says nothing about another's copy. Else
-        its records are copied, as if it had none. What counts is synced: after a kill it may be in the page cache
-        alone."""
+        its records are copied, as if it had none. What counts is synced, unless enough was written behind it: after a
+        kill it may be in the page cache alone."""
         trust, head = self._trust, self._head
         header: SegmentHeader | None = None
         zones = self._turned(number)
@@ -403,7 +413,8 @@ class _TailReader:
         seen = seens[asked[0]] if asked[0] in seens else await self._seen(asked[0], number)
         directory = seen.directory
         if directory is not None:
-            seals = await asyncio.gather(*(self._seal(z, number, sync=not self._copy_all) for z in asked))
+            settled = {z for z in asked if self._copy_all or self._later[z] >= SETTLED_SEGMENTS}
+            seals = await asyncio.gather(*(self._seal(z, number, sync=z not in settled) for z in asked))
             if any(seal != directory.crc for seal in seals) or directory.generation != head.generation:
                 directory = None
         readable = tuple(z for z in zones if z in asked)

@@ -66,7 +66,8 @@ FULL_SECONDS: Final = 5.0
 IDLE_SECONDS: Final = 10.0
 """A log that nothing was appended to for so long seals its segment where it stands and gives prepared ones back."""
 UNSEALED_MAX: Final = 8
-"""Segments whose seals are not durable: what opening after a power cut has to copy. Writes wait at this number."""
+"""Segments whose seals are not durable: what opening after a power cut has to copy. Writes wait at this number, and
+opening takes older seals for durable."""
 UNSEALED_WANTED: Final = 4
 """From here on seals are made durable although no flush asks for that: one round of syncs for so many segments."""
 SYNCS_OF_DIRTY: Final = 4
@@ -734,6 +735,7 @@ class LogWriter:
     def _roll(self) -> None:
         """The open segment is finished; the next prepared one takes its place."""
         self.finish_segment()
+        assert len(self.unsealed) < UNSEALED_MAX, "opening relies on it"
         segment = self._prepared.popleft()
         segment.memory = [None] * segment.blocks
         self._directory = DirectoryBuilder(self.log, segment.number, self.generation, self.previous_crc)

@@ -6,12 +6,14 @@ from contextlib import asynccontextmanager
 import pytest
 from crc32c import crc32c
 
+from objstore.backend.base import Backend
 from objstore.errors import Corrupt
 from objstore.format.record import Flag, Kind
+from objstore.log import opening
 from objstore.log.env import Env
-from objstore.log.opening import Base, Head, Row, Tail, copy_rest, read_tail
+from objstore.log.opening import LOOKS_AT_ONCE, SETTLED_SEGMENTS, Base, Head, Row, Tail, copy_rest, read_tail
 from objstore.log.segment import log_folder, segment_name
-from objstore.log.tail import durable_claim, look_at, records_from
+from objstore.log.tail import durable_claim, look_at, records_from, seal_of
 from objstore.log.writer import LogWriter
 from objstore.units import BLOCK_BYTES
 from tests.support.logs import LOG, operations_of, pattern, put, records_in, writer_on
@@ -163,6 +165,54 @@ async def test_sealed_segments_are_kept_and_the_rest_is_copied() -> None:
     everything = await read_tail(env, LOG, HEAD, BASE, copy_all=True)
     assert [record.header.position for record in everything.rest] == [1, 4, 7, 10]
     assert everything.rest[-1].header.last_position == 10
+
+
+@asynccontextmanager
+async def asked_for_seals(monkeypatch: pytest.MonkeyPatch, env: Env) -> AsyncIterator[dict[int, set[int]]]:
+    """Zone -> segments whose seals an opening makes durable there."""
+    synced: dict[int, set[int]] = {zone.index: set() for zone in env.zones}
+    zone_of = {id(zone.backend): zone.index for zone in env.zones}
+
+    def watched(backend: Backend, store_id: bytes, log: int, number: int, sync: bool) -> int | None:
+        if sync:
+            synced[zone_of[id(backend)]].add(number)
+        return seal_of(backend, store_id, log, number, sync)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(opening, "seal_of", watched)
+        yield synced
+
+
+async def test_seals_with_enough_written_behind_them_are_not_synced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what may be in the page cache alone; a segment that was set aside and never used proves nothing."""
+    env = make_env(2)
+    async with killed(env) as writer:
+        for lba in range(200):
+            await put(writer, lba, 40)
+        await writer.flush()
+    async with asked_for_seals(monkeypatch, env) as synced:
+        tail = await read_tail(env, LOG, HEAD, BASE)
+    sealed = [directory.segment for directory, _, _ in tail.sealed]
+    assert len(sealed) >= 150
+    for zone in (0, 1):
+        assert synced[zone] >= set(sealed[-SETTLED_SEGMENTS:])
+        assert len(synced[zone]) <= SETTLED_SEGMENTS + 2 * LOOKS_AT_ONCE
+
+
+async def test_what_was_written_behind_a_seal_in_other_zones_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zone 2 has a few early segments alone: however long the log of the others, its seals are synced."""
+    env = make_env(3)
+    early = SETTLED_SEGMENTS - 1
+    async with writer_on(env, place=lambda number: (0, 2) if number < early else (0, 1)) as writer:
+        for lba in range(120):
+            await put(writer, lba, 40)
+        await writer.flush()
+        await writer.sealed_below(writer.tail_number)
+        async with asked_for_seals(monkeypatch, env) as synced:
+            tail = await read_tail(env, LOG, HEAD, BASE)
+    assert len(tail.sealed) > 60
+    assert synced[2] == set(range(early))
+    assert 0 not in synced[0]
 
 
 async def test_the_copy_of_the_end_keeps_every_operation() -> None:
