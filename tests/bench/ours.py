@@ -51,7 +51,7 @@ def open_long(server: Server, log_bytes: int, rounds: int) -> OpenResult:
     folders = [made / zone for zone in ZONES]
     for folder in folders:
         folder.mkdir(parents=True)
-    sizes = ["--bytes", str(log_bytes), "--size", str(log_bytes + log_bytes // 8 + (1 << 30))]
+    sizes = ["--bytes", str(log_bytes), "--size", str(log_bytes + log_bytes // 8 + (8 << 30))]  # a checkpoint more
     command = [sys.executable, "-m", "tests.bench.longlog", *sizes, *map(str, folders)]
     done = subprocess.run(command, cwd=REPOSITORY, check=False)
     if done.returncode != -signal.SIGKILL:
