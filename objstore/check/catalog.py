@@ -93,6 +93,8 @@ class Catalog:
             self._add_head(fields)
         elif kind == "purged":
             self.garbage.discard(member(fields, "log", int))
+        elif kind == "damage":
+            _check_damage(fields)
         elif kind == "snapshot":
             self._add_snapshot(fields)
         elif kind == "snapshot-delete":
@@ -187,6 +189,16 @@ def _row(entry: object) -> Row:
     return Row(*entry)
 
 
+def _check_damage(fields: dict[str, Any]) -> None:
+    """What is known to be damaged: a list to show; what really is damaged the check sees itself."""
+    member(fields, "log", int)
+    member(fields, "complete", bool)
+    for name, length in (("runs", 3), ("pages", 4)):
+        for row in member(fields, name, list):
+            if not isinstance(row, list) or len(row) != length or not all(type(v) is int and v >= 0 for v in row):
+                raise Damaged(f"{name} of damage has {row!r}")
+
+
 def catalog_name(number: int) -> str:
     return f"catalog/{number:08x}"
 
@@ -208,6 +220,10 @@ def snapshot(data: bytes, store: bytes, number: int) -> Catalog:
         if not isinstance(entry, dict):
             raise Damaged(f"the snapshot has {entry!r} in snapshots")
         found.apply(entry)
+    for entry in member(fields, "damage", list) if "damage" in fields else ():
+        if not isinstance(entry, dict):
+            raise Damaged(f"the snapshot has {entry!r} in damage")
+        _check_damage(entry)
     found.garbage = {log for log in member(fields, "garbage", list) if isinstance(log, int)}
     found.next_log = max(found.next_log, member(fields, "next_log", int))
     found.clean = member(fields, "clean", bool)

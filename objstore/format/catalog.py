@@ -113,6 +113,32 @@ class JobEntry(msgspec.Struct, frozen=True, tag="job", kw_only=True, omit_defaul
     message: str = ""
 
 
+class DamagedRun(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks that no zone has whole, one behind the other, found under map entries that are so as well."""
+
+    block: int
+    blocks: int
+    entry: int
+
+
+class LostPage(msgspec.Struct, frozen=True, array_like=True):
+    """A region whose map page no zone has: the place that the checkpoint's root gives for it."""
+
+    region: int
+    checkpoint: int
+    offset: int
+    length: int
+
+
+class DamageEntry(msgspec.Struct, frozen=True, tag="damage", kw_only=True):
+    """All that is known to be damaged of a log in every zone; nothing = nothing. complete: false if there is more."""
+
+    log: int
+    runs: list[DamagedRun]
+    pages: list[LostPage]
+    complete: bool
+
+
 class StopEntry(msgspec.Struct, frozen=True, tag="stop", kw_only=True):
     """The store was closed cleanly."""
 
@@ -124,6 +150,7 @@ Entry: TypeAlias = (
     | DeleteEntry
     | HeadEntry
     | PurgedEntry
+    | DamageEntry
     | SnapshotEntry
     | SnapshotDeleteEntry
     | AttributeEntry
@@ -146,6 +173,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attributes: list[AttributeEntry] = []
     jobs: list[JobEntry] = []
     next_job: int = 1
+    damage: list[DamageEntry] = []
 
 
 _ENTRY = msgspec.msgpack.Decoder(Entry)

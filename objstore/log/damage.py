@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -40,20 +40,51 @@ class Damage:
     """Damaged blocks of one disk: block -> the map entry under which it can't be read. Event loop only.
 
     A block counts as long as the map still says the same. truncated: there were more than BLOCKS_MAX. pages: regions
-    whose map page no zone has: nobody knows what is in them.
+    whose map page no zone has: nobody knows what is in them. on_change: called when the list has become another.
     """
 
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
         self.pages: dict[int, PageRef] = {}
         self.truncated = False
+        self.on_change: Callable[[], None] = lambda: None
 
     def note(self, lba: int, entry: int) -> None:
         """The block, found under this entry, is bad in every zone."""
+        if self.blocks.get(lba) == entry:
+            return
         if len(self.blocks) < BLOCKS_MAX or lba in self.blocks:
             self.blocks[lba] = entry
         else:
             self.truncated = True
+        self.on_change()
+
+    def note_lost_page(self, region: int, ref: PageRef) -> None:
+        """No zone has the region's page, and the log does not give it."""
+        if self.pages.get(region) != ref:
+            self.pages[region] = ref
+            self.on_change()
+
+    def readable(self, lba: int, entry: int) -> None:
+        """The block, found under this entry, was read after all: a copy was repaired, or has come back."""
+        if self.blocks.get(lba) == entry:
+            del self.blocks[lba]
+            self.on_change()
+
+    def whole(self, segment: Segment) -> None:
+        """A zone has all of that segment."""
+        found = [lba for lba, entry in self.blocks.items() if entry >> BLOCK_BITS == segment.key]
+        for lba in found:
+            del self.blocks[lba]
+        if found:
+            self.on_change()
+
+    def take(self, other: Damage) -> None:
+        """What the opening of the disk has found besides."""
+        for region, ref in other.pages.items():
+            self.note_lost_page(region, ref)
+        for lba, entry in other.blocks.items():
+            self.note(lba, entry)
 
     def count(self, disk: MappedDisk | None) -> int:
         """Damaged blocks as far as can be told without reading map pages (disk: None = it is closed); all of a region
@@ -64,11 +95,14 @@ class Damage:
 
     def _forget(self, disk: MappedDisk, lbas: Collection[int]) -> None:
         regions = disk.map.regions
+        before = len(self.pages) + len(self.blocks)
         for region in [r for r, ref in self.pages.items() if regions.get(r) != ref]:
             del self.pages[region]
         for lba in [b for b in lbas if not isinstance(regions.get(b >> REGION_SHIFT), PageRef)]:
             if disk.map.lookup(lba) != self.blocks[lba]:
                 del self.blocks[lba]
+        if len(self.pages) + len(self.blocks) < before:
+            self.on_change()
 
     async def ranges(self, disk: MappedDisk) -> list[tuple[int, int]]:
         """(offset_bytes, length_bytes) of what is damaged now, ascending, not touching."""
@@ -111,7 +145,7 @@ class Damage:
         except Corrupt:
             ref = disk.map.regions.get(region)
             if isinstance(ref, PageRef):
-                self.pages[region] = ref
+                self.note_lost_page(region, ref)
             return False
         return True
 

@@ -82,7 +82,7 @@ class MappedView:
                     self.map.write_anew(region)
                     self.env.rebuilt_pages += 1
             elif self.map.regions.get(region) == ref:
-                self.damage.pages[region] = ref
+                self.damage.note_lost_page(region, ref)
                 lost = True
         if lost:
             raise error
@@ -186,6 +186,9 @@ class MappedView:
             data, bad = None, list(range(count))
         if data is not None:
             into[:] = data
+        if self.damage.blocks:
+            for i in set(range(count)).difference(bad):
+                self.damage.readable(lba + i, entry + i)
         damaged = []
         for i in bad:
             while wanted := self.map.missing(lba + i, 1):

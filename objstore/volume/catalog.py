@@ -12,6 +12,7 @@ from objstore.backend.base import ZoneFailed
 from objstore.errors import Corrupt, FormatError, NoSpace, NotFound, StoreError, Unavailable
 from objstore.format.catalog import (
     AttributeEntry,
+    DamageEntry,
     DeleteEntry,
     Entry,
     HeadEntry,
@@ -82,6 +83,7 @@ class CatalogState:
         self.next_job = snapshot.next_job if snapshot else 1
         self.heads: dict[int, HeadEntry] = {head.log: head for head in snapshot.heads} if snapshot else {}
         self.garbage: set[int] = set(snapshot.garbage) if snapshot else set()
+        self.damage: dict[int, DamageEntry] = {found.log: found for found in snapshot.damage} if snapshot else {}
         self.clean = snapshot.clean if snapshot else True
 
     def apply(self, entry: Entry) -> None:
@@ -103,11 +105,16 @@ class CatalogState:
             del self.owners[gone.log]
             self.attributes.pop(entry.vdi_id, None)
             self.heads.pop(gone.log, None)
+            self.damage.pop(gone.log, None)
             self.garbage.add(gone.log)
         elif isinstance(entry, HeadEntry):
             self.heads[entry.log] = entry
         elif isinstance(entry, PurgedEntry):
             self.garbage.discard(entry.log)
+        elif isinstance(entry, DamageEntry):
+            self.damage.pop(entry.log, None)
+            if entry.runs or entry.pages:
+                self.damage[entry.log] = entry
         elif isinstance(entry, SnapshotEntry):
             self.snapshots[entry.snapshot_id] = entry
             self.next_snapshot = max(self.next_snapshot, entry.snapshot_id + 1)
@@ -180,6 +187,7 @@ class CatalogState:
                 for vdi_id, attributes in self.attributes.items()
                 for name, value in attributes.items()
             ],
+            damage=list(self.damage.values()),
         )
 
 

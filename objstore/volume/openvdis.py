@@ -11,9 +11,9 @@ import msgspec
 
 from objstore.errors import NotFound, ReadOnly, Stopping, StoreError
 from objstore.format.catalog import Entry, HeadEntry, SnapshotEntry, VdiEntry
-from objstore.log.damage import Damage
 from objstore.log.takeover import Copied
 from objstore.volume.base import Volume
+from objstore.volume.damaged import DamageLists
 from objstore.volume.frozen import FrozenVolume, open_snapshot
 from objstore.volume.opening import FrozenAt, close_disk, drop_garbage, open_disk, rows_of, tail_rows
 from objstore.volume.standstill import Standstill
@@ -40,7 +40,7 @@ class OpenVdis:
         self._opening: dict[int, asyncio.Task[Vdi]] = {}
         self._closing: dict[int, asyncio.Task[None]] = {}
         self._failed: dict[int, str] = {}
-        self._damage: dict[int, Damage] = {}
+        self._damage = DamageLists(self.catalog, self.env.loop)
         """By log; it outlives the closing of a VDI."""
         self._deleting: set[int] = set()
         self._stopping = False
@@ -257,7 +257,9 @@ class OpenVdis:
         here = {snapshot.checkpoint for snapshot in state.snapshots_in(entry.log)}
         for number in opened.keeper.holds.maps.keys() - here:  # deleted while the log was opened
             opened.keeper.end_snapshot(number)
-        opened.disk.damage = self._damage.setdefault(entry.log, opened.disk.damage)
+        damage = self._damage.of(entry.log)
+        damage.take(opened.disk.damage)
+        opened.disk.damage = damage
         vdi = Vdi(entry, opened.disk, opened.keeper)
         vdi.standstill = Standstill(env, vdi.disk, partial(self._commit_copied, entry.vdi_id, vdi), vdi.look_again)
         self._open[entry.vdi_id] = vdi

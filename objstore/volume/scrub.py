@@ -374,6 +374,8 @@ class Scrub:
                     log.error("the list of damaged blocks is not complete segment=%s: %s", segment.name, error)
                 else:
                     log.error("no zone has all of a segment segment=%s blocks_in_use=%d", segment.name, blocks)
+            elif disk is not None and zones:
+                disk.damage.whole(segment)
             return healed
 
     async def _heal_checkpoint(self, vdi: Vdi, number: int) -> None:

@@ -31,7 +31,7 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     log: int
     """Number of its log, never used again by another VDI."""
     damaged_bytes: int = 0
-    """Bytes that no zone has whole, as far as is known since the store was opened; `vdi damage` says which."""
+    """Bytes that no zone has whole, as far as reads and scrubs have found; `vdi damage` says which."""
 
 
 class SnapshotStatus(Struct, frozen=True, kw_only=True):

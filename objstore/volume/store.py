@@ -198,7 +198,7 @@ class Store(SnapshotOperations):
 
     async def _gone(self, entry: VdiEntry) -> None:
         self._failed.pop(entry.vdi_id, None)
-        self._damage.pop(entry.log, None)
+        self._damage.drop(entry.log)
         vdi = self._open.pop(entry.vdi_id, None)
         if vdi is not None:
             await vdi.abandon(NotFound(f"VDI {entry.name!r} was deleted"))
@@ -268,7 +268,7 @@ class Store(SnapshotOperations):
         return 0 if damage is None else damage.count(None if vdi is None else vdi.disk) << BLOCK_SHIFT
 
     async def damage(self, name: str) -> VdiDamage:
-        """What is known to be damaged of a VDI in every copy: by reads and by scrub, since the store was opened.
+        """What is known to be damaged of a VDI in every copy: by reads and by scrub, since the store was made.
         NotFound."""
         entry = self._entry(name)
         if not self._damaged_bytes(entry.log, None):
@@ -403,6 +403,8 @@ class Store(SnapshotOperations):
                 failed.append(f"VDI {vdi.name}: {error}")
             await self._leave_parent(vdi.vdi_id)
         try:
+            if not self._read_only:
+                await self._damage.close()
             if not failed and not self._read_only:
                 await self.catalog.commit(StopEntry(wall=env.clock.wall()))
             await self.catalog.close()

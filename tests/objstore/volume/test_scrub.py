@@ -9,6 +9,7 @@ from objstore.errors import Corrupt, NoSpace
 from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
 from objstore.log.segment import log_folder
 from objstore.units import BLOCK_BYTES, MIB
+from objstore.volume import damaged
 from objstore.volume.scrub import NOTE_NAME, NOTE_SECONDS, SETTLE_SECONDS
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import LOG, ModelDisk
@@ -381,3 +382,92 @@ async def test_without_a_period_only_what_is_asked_for_is_done(
     await scrub(world)
     assert world.store.scrub.status().finished is not None
     await world.kill()
+
+
+@pytest.mark.parametrize("clean", [True, False])
+async def test_damage_is_known_after_a_restart(
+    world: World, clean: bool, expected_warnings: ExpectedWarnings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is written again, discarded or repaired; and reading it is an error all the time, never zeros."""
+    monkeypatch.setattr(damaged, "DELAY_SECONDS", 0.0)
+    expected_warnings.allow("a copy is bad|no zone has all of a segment|checksum wrong|can't be collected")
+    disk = await filled(world)
+    await disk.write(100, 20)
+    await disk.vdi.keeper.checkpoint()
+    name, offset = disk.place(118)
+    good = bytes(world.storages[1].objects[name][offset : offset + BLOCK_BYTES])
+    for block in (103, 104, 110, 118):
+        disk.damage(block)
+    with pytest.raises(Corrupt):
+        await disk.read(100, 20)
+    await turns(200)
+
+    async def known() -> list[tuple[int, int]]:
+        assert world.store is not None
+        found = await world.store.damage("disk")
+        return [(r.offset_bytes // BLOCK_BYTES, r.length_bytes // BLOCK_BYTES) for r in found.ranges]
+
+    everything = [(103, 2), (110, 1), (118, 1)]
+    assert await known() == everything
+    for _ in range(2):
+        await (world.stop() if clean else world.kill())
+        store = await world.open()
+        assert store.vdi("disk").damaged_bytes == 4 * BLOCK_BYTES
+        status = await store.status()
+        assert status.health == "degraded"
+        assert any("are damaged in every copy" in reason for reason in status.reasons)
+        assert await known() == everything
+        await disk.open()
+        for block in (103, 104, 110, 118):
+            with pytest.raises(Corrupt):
+                await disk.read(block)
+    await disk.write(103)
+    await disk.trim(110, 1)
+    await disk.vdi.flush()
+    assert await known() == [(104, 1), (118, 1)]
+    await turns(200)
+    await (world.stop() if clean else world.kill())
+    await world.open()
+    assert await known() == [(104, 1), (118, 1)]
+    world.storages[1].objects[name][offset : offset + BLOCK_BYTES] = good
+    await disk.open()
+    assert await disk.read(118) == disk.expected(118)
+    assert await known() == [(104, 1)]
+    await disk.write(104)
+    await disk.vdi.flush()
+    assert await known() == []
+    await turns(200)
+    await (world.stop() if clean else world.kill())
+    store = await world.open()
+    assert store.vdi("disk").damaged_bytes == 0
+    await disk.open()
+    await disk.check()
+
+
+async def test_lost_map_pages_and_deleted_disks_are_known_after_a_restart(
+    world: World, expected_warnings: ExpectedWarnings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(damaged, "DELAY_SECONDS", 0.0)
+    expected_warnings.allow("a map page is lost|a copy is bad|no zone has a whole checkpoint|not replaced|merged")
+    disk = await filled(world)
+    await disk.vdi.flush()
+    await world.stop()
+    keeper = disk.vdi.keeper
+    (row,) = keeper.root.rows.tolist()
+    world.damage(checkpoint_name(LOG, row[1]), row[3] + row[2] // 2)
+    for number in keeper.sizes:
+        if number < row[1]:
+            world.damage(checkpoint_name(LOG, number), 30)
+    store = await world.open()
+    await disk.open()
+    with pytest.raises(Corrupt):
+        await disk.read(0)
+    await world.stop()
+    store = await world.open()
+    assert store.vdi("disk").damaged_bytes == disk.blocks * BLOCK_BYTES
+    await store.delete_vdi("disk")
+    await store.create_vdi("disk", MIB, copies=3)
+    await world.stop()
+    store = await world.open()
+    assert store.vdi("disk").damaged_bytes == 0
+    assert not store.catalog.state.damage
