@@ -22,6 +22,7 @@ from objstore.volume.status import (
     ScrubStatus,
     SnapshotStatus,
     SnapshotTaken,
+    StoreInfo,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -38,6 +39,7 @@ class Admin(Protocol):
     """What a command does to a store; the same over the control socket and over zones opened here."""
 
     def status(self) -> Status: ...
+    def info(self) -> StoreInfo: ...
     def vdis(self) -> list[VdiStatus]: ...
     def vdi(self, name: str) -> VdiStatus: ...
     def create_vdi(self, name: str, size_bytes: int, *, copies: int | None, mode: str, prealloc: bool) -> VdiStatus: ...
@@ -89,6 +91,9 @@ class OfflineAdmin:
 
     def status(self) -> Status:
         return Status(server=None, store=self._runner.run(self._store.status()))
+
+    def info(self) -> StoreInfo:
+        return self._runner.run(self._store.info())
 
     def vdis(self) -> list[VdiStatus]:
         return self._store.vdis()

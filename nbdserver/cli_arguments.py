@@ -64,6 +64,12 @@ def build_parser() -> Parser:
     status = commands.add_parser("status", help="show the health of a store and its zones")
     _add_common(status)
     _add_force(status)
+    store = commands.add_parser("store", help="show what a store is")
+    info = store.add_subparsers(dest="store_command", metavar="COMMAND", required=True).add_parser(
+        "info", help="show when a store was made, its format, its epochs and what lies in its zones"
+    )
+    _add_common(info)
+    _add_force(info)
     check = commands.add_parser("check", help="check a store that no server has open, without changing it")
     _add_common(check)
     check.add_argument(

@@ -107,7 +107,8 @@ def administer(arguments: argparse.Namespace) -> None:
     from objstore.volume.settings import StoreSettings
 
     _log(logging.WARNING)
-    looking = arguments.command == "status" or getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots")
+    shown = getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots")
+    looking = shown or arguments.command in ("status", "store")
     settings = StoreSettings() if config is None else config.store
     force = getattr(arguments, "force_open", False)
     if arguments.command == "job" or getattr(arguments, "vdi_command", "") in LIBRARY_COMMANDS:
@@ -120,6 +121,8 @@ def administer(arguments: argparse.Namespace) -> None:
     with open_admin(zones, settings, read_only=looking, force=force) as admin:
         if arguments.command == "status":
             _status(admin, arguments)
+        elif arguments.command == "store":
+            _store_info(admin, arguments)
         elif arguments.command == "scrub":
             from nbdserver.cli_copies import scrub
 
@@ -145,6 +148,13 @@ def _status(admin: "Admin", arguments: argparse.Namespace) -> None:
 
     status = admin.status()
     show(status, status_text, as_json=arguments.json)
+
+
+def _store_info(admin: "Admin", arguments: argparse.Namespace) -> None:
+    from nbdserver.cli_output import info_text, show
+
+    info = admin.info()
+    show(info, info_text, as_json=arguments.json)
 
 
 def _vdi_create(admin: "Admin", arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from objstore.volume.status import (
     RecoveryStatus,
     ScrubStatus,
     SnapshotStatus,
+    StoreInfo,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -155,12 +156,14 @@ def recovery_text(recovery: RecoveryStatus) -> str:
 
 def zone_table(zones: Sequence[ZoneStatus]) -> str:
     """One line for each zone."""
-    header = ("ZONE", "ID", "STATE", "WEIGHT", "USED", "FREE", "EPOCH", "PATH")
+    header = ("ZONE", "ID", "STATE", "SINCE", "LAG", "WEIGHT", "USED", "FREE", "EPOCH", "PATH")
     rows = [
         (
             str(zone.number),
             zone.id[:8],
             zone.state + (f": {zone.reason}" if zone.reason else ""),
+            f"epoch {zone.since_epoch}",
+            f"{zone.lag_seconds:.1f} s",
             f"{zone.weight:g}",
             format_size(zone.used_bytes),
             format_size(zone.free_bytes),
@@ -191,8 +194,53 @@ def status_text(status: Status) -> str:
         ("maps", f"{format_size(store.map_bytes)} of {format_size(store.map_bytes_max)}" + waiting),
         ("scrub", scrub_text(store.scrub)),
         ("recovery", recovery_text(store.recovery)),
+        ("short copies", f"{store.under_replicated} segments"),
     ]
+    for name, moment in store.last_flushes.items():
+        fields.append(("last flush", f"{name}: {'none since it was opened' if moment is None else _moment(moment)}"))
+    for zone in store.zones:
+        if zone.last_error and zone.last_error != zone.reason:
+            fields.append(("last error", f"zone {zone.number}: {zone.last_error}"))
     return _fields(fields) + "\n\n" + zone_table(store.zones)
+
+
+def info_text(info: StoreInfo) -> str:
+    """What a store is, its zones and its epochs."""
+    fields = [
+        ("store", info.store_id),
+        ("created", _moment(info.created)),
+        ("format", str(info.format_version)),
+        ("features", ", ".join(sorted({*info.features_read, *info.features_write, *info.features_check})) or "none"),
+        ("epoch", str(info.epoch)),
+        ("zone numbers", f"{info.next_zone} of 64 used"),
+        ("segments", f"{info.segments} copies, {format_size(info.segment_bytes)}"),
+        ("checkpoints", f"{info.checkpoints} copies, {format_size(info.checkpoint_bytes)}"),
+    ]
+    zones = [("ZONE", "SEGMENTS", "BYTES", "CHECKPOINTS", "BYTES", "PATH")]
+    zones += [
+        (
+            str(zone.number),
+            str(zone.segments),
+            format_size(zone.segment_bytes),
+            str(zone.checkpoints),
+            format_size(zone.checkpoint_bytes),
+            zone.path + (f": {zone.reason}" if zone.reason else ""),
+        )
+        for zone in info.zones
+    ]
+    epochs = [("EPOCH", "TIME", "MEMBERS", "OUT", "W", "WHY")]
+    epochs += [
+        (
+            str(epoch.number),
+            _moment(epoch.time),
+            " ".join(map(str, epoch.members)),
+            " ".join(map(str, epoch.out)) or "-",
+            str(epoch.w),
+            epoch.reason,
+        )
+        for epoch in info.epochs
+    ]
+    return "\n\n".join((_fields(fields), _table(zones), _table(epochs)))
 
 
 def _duration(seconds: float) -> str:

@@ -40,6 +40,7 @@ from objstore.volume.status import (
     ScrubStatus,
     SnapshotStatus,
     SnapshotTaken,
+    StoreInfo,
     StoreStatus,
     VdiDamage,
     VdiStatus,
@@ -63,6 +64,7 @@ class ControlledStore(VolumeSource, Protocol):
     @property
     def attributes(self) -> AttributesOfVdis: ...
     async def status(self) -> StoreStatus: ...
+    async def info(self) -> StoreInfo: ...
     def vdis(self) -> list[VdiStatus]: ...
     def vdi(self, name: str) -> VdiStatus: ...
     async def create_vdi(
@@ -129,6 +131,11 @@ class ControlServer:
     async def get_status(self) -> Status:
         """The server, its store and its zones."""
         return Status(server=self._server_status(), store=await self._store.status())
+
+    @operation("GET", "/v1/store")
+    async def get_store(self) -> StoreInfo:
+        """What the store is: when it was made, its format, its epochs, what lies in its zones."""
+        return await self._store.info()
 
     @operation("GET", "/v1/vdis")
     async def list_vdis(self) -> list[VdiStatus]:

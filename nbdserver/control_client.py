@@ -26,6 +26,7 @@ from objstore.volume.status import (
     ScrubStatus,
     SnapshotStatus,
     SnapshotTaken,
+    StoreInfo,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -78,6 +79,9 @@ class ControlClient:
 
     def status(self) -> Status:
         return self._ask("GET", "/v1/status", Status)
+
+    def info(self) -> StoreInfo:
+        return self._ask("GET", "/v1/store", StoreInfo)
 
     def vdis(self) -> list[VdiStatus]:
         return self._ask("GET", "/v1/vdis", list[VdiStatus])

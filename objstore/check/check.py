@@ -10,6 +10,7 @@ from objstore.check.layout import Damaged
 from objstore.check.log import check_log
 from objstore.check.members import Store, check_superblocks, check_top, epoch_in_force, read_superblock
 from objstore.check.report import Finding, Repair, Report, Severity
+from objstore.check.superblocks import report_superblocks
 from objstore.check.zones import DirectoryZone, ZoneReader, ZoneWriter
 from objstore.errors import Unavailable
 
@@ -71,6 +72,7 @@ def _check(zones: Sequence[ZoneReader], on_progress: Progress) -> Report:
     store = Store(list(zones), report, on_progress)
     check_superblocks(store)
     line = epoch_in_force(store)
+    report_superblocks(store)
     check_top(store)
     catalog = None if line is None else read_catalog(store, line)
     if line is not None and catalog is not None:
@@ -83,16 +85,25 @@ def repair(zones: Sequence[ZoneWriter], report: Report, *, on_progress: Progress
 
     The answer is the second check's report, with what was done in `repaired`. The caller holds the zones' locks.
     """
-    done = []
     by_label = {zone.label: zone for zone in zones}
-    for finding in report.findings:
-        if finding.repair is None:
-            continue
-        zone = by_label[finding.zone]
-        try:
-            done.append(_apply(zone, finding.repair))
-        except (OSError, Damaged) as error:
-            done.append(f"{zone.label}/{finding.repair.name}: not repaired: {error}")
+
+    def mend(findings: Sequence[Finding]) -> list[str]:
+        done = []
+        for finding in findings:
+            if finding.repair is None:
+                continue
+            zone = by_label[finding.zone]
+            try:
+                done.append(_apply(zone, finding.repair))
+            except (OSError, Damaged) as error:
+                done.append(f"{zone.label}/{finding.repair.name}: not repaired: {error}")
+        return done
+
+    # A zone that has no name yet was not looked at: what is wrong with the store is known when it has one.
+    done = mend([finding for finding in report.findings if finding.kind == "superblock"])
+    if done:
+        report = check_store(zones, on_progress=on_progress)
+    done += mend([finding for finding in report.findings if finding.kind != "superblock"])
     again = check_store(zones, on_progress=on_progress)
     again.repaired = done
     return again

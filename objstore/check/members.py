@@ -31,6 +31,8 @@ class Store:
     missing: dict[int, Member] = field(default_factory=dict)
     members: frozenset[int] = frozenset()
     placing: frozenset[int] = frozenset()
+    nameless: list[tuple[ZoneReader, str]] = field(default_factory=list)
+    """Zones without a superblock that can be read, and what is wrong with it."""
 
     def add(
         self,
@@ -129,7 +131,7 @@ def check_superblocks(store: Store) -> None:
             store.ids.append(block.zone)
             zones.append(zone)
             continue
-        store.report.add(Finding(Severity.FAULT, "superblock", problem, zone.label, "superblock"))
+        store.nameless.append((zone, problem))
     if not zones:
         if newer is not None:
             raise newer

@@ -298,6 +298,7 @@ class CheckpointWriter:
         self.header = header
         self._zones = tuple(zones)
         self._writers: dict[int, Writer] = {}
+        self._begun: dict[int, Backend] = {}
         self._chunk = bytearray(encode_checkpoint_header(header, env.store_id))
         self._offset = len(self._chunk)
         self._regions = array("Q")
@@ -319,7 +320,7 @@ class CheckpointWriter:
         """One call in every zone. A zone that fails is put out, and the checkpoint goes on without it. NoSpace;
         Unavailable: no zone is left."""
         full: StoreError | None = None
-        zones = self._env.serving(self._zones)
+        zones = self._left()
         pending = []
         for z in zones:
             function, args = call(z)
@@ -337,14 +338,20 @@ class CheckpointWriter:
                     self._writers[z] = result
         for z, reason in failed.items():
             await self._env.put_out(z, reason)
-        self._zones = tuple(z for z in self._env.serving(zones) if z not in failed)
+        self._zones = tuple(z for z in self._left() if z not in failed)
         if full is not None:
             raise full
         if not self._zones:
             raise Unavailable(f"no zone is left for a checkpoint log={self.header.log}: {failed or 'all are out'}")
 
+    def _left(self) -> tuple[int, ...]:
+        """Those of the zones that were in service all the time: one that was out and is back has missed a part."""
+        env = self._env
+        return tuple(z for z in env.serving(self._zones) if env.zones[z].backend is self._begun.get(z))
+
     async def open(self) -> None:
         """Begin the object in every zone."""
+        self._begun = {z: self._env.zones[z].backend for z in self._env.serving(self._zones)}
         name = checkpoint_name(self.header.log, self.header.number)
         await self._each(lambda z: (self._env.zones[z].backend.put_stream, (name,)))
 
@@ -388,7 +395,7 @@ class CheckpointWriter:
     async def abort(self) -> None:
         """Throw the object away wherever it was begun, or even finished: a later run must not find it."""
         name = checkpoint_name(self.header.log, self.header.number)
-        for z in self._env.serving(self._writers):
+        for z in self._left():
             with contextlib.suppress(StoreError):  # what stays is garbage that the next opening removes
                 await run(self._env.executor, z, self._writers[z].abort)
                 await run(self._env.executor, z, self._env.zones[z].backend.delete, name)

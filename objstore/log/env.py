@@ -223,6 +223,7 @@ class Env:
         if not isinstance(error, ZoneFailed):
             return  # a copy is missing there: that is repaired
         where.read_errors += 1
+        where.last_error = str(error)
         if where.read_errors >= READ_ERRORS_MAX and self._expendable(zone):
             self.zone_lagging(zone, error)
 
@@ -325,6 +326,7 @@ class Env:
         for z in gone:
             self.failing.pop(z, None)
         for z in self.in_service - before:
+            self.zones[z].last_error = str(self.zones[z].error or self.zones[z].last_error)
             self.zones[z].error = None
             self.zones[z].read_errors = 0
         for z, error in errors.items():
@@ -376,6 +378,12 @@ class Env:
         """Zones that are being put out. The record of that waits for all others: for one of them that hangs too, until
         it is to go as well."""
         return frozenset((*self.failing, *self._suggested))
+
+    def lag_seconds(self, zone: int) -> float:
+        """Age of the oldest data that the zone owes somebody; 0 = none."""
+        now = self.clock.monotonic()
+        since = self._lag(zone, now)
+        return 0.0 if since is None else max(0.0, now - since)
 
     def _expendable(self, zone: int) -> bool:
         gone = self._going | {zone}

@@ -110,6 +110,11 @@ class History:
         self._at = {epoch.id: i for i, epoch in enumerate(self._epochs)}
         self._holders = {zone: set(ids) for zone, ids in holders.items()}
 
+    @property
+    def epochs(self) -> list[Epoch]:
+        """The chain as far as it is known, oldest first."""
+        return list(self._epochs)
+
     def add(self, epoch: Epoch) -> None:
         """A new epoch is in force; all its members hold it."""
         self._at[epoch.id] = len(self._epochs)

@@ -25,6 +25,7 @@ class Zone:
     """One zone of an open store: identity, number, backend, what was met there.
 
     error: why it was put out, or is about to be. read_errors: reads that failed there since the store was opened.
+    last_error: the last of all that it was reported for, also when it is back.
     """
 
     def __init__(self, index: int, zone_id: bytes, backend: Backend, path: str) -> None:
@@ -35,6 +36,7 @@ class Zone:
         self.device = backend.device
         self.error: BaseException | None = None
         self.read_errors = 0
+        self.last_error = ""
 
     def __repr__(self) -> str:
         return f"zone {self.path or self.zone_id.hex()}"

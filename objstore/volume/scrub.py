@@ -367,14 +367,15 @@ class Scrub:
             self._done += healed.read_bytes
             self._count(segment.name, len(zones), healed.bad, healed.repaired, level)
             lost = healed.lost
-            if lost != () and disk is not None:
+            away = set(segment.zones).difference(env.serving(segment.zones))
+            if lost != () and disk is not None and not away:  # else a zone that is out may have what is missing here
                 try:
                     blocks = await disk.damage.note_segment(disk, segment, healed.directory, lost)
                 except StoreError as error:  # a map page is lost too; repair and scrub of the rest go on
                     log.error("the list of damaged blocks is not complete segment=%s: %s", segment.name, error)
                 else:
                     log.error("no zone has all of a segment segment=%s blocks_in_use=%d", segment.name, blocks)
-            elif disk is not None and zones:
+            elif lost == () and disk is not None and zones:
                 disk.damage.whole(segment)
             return healed
 

@@ -159,6 +159,68 @@ class ZoneStatus(Struct, frozen=True, kw_only=True):
     free_bytes: int
     epoch: int
     """The newest membership that this zone knows of."""
+    since_epoch: int = 0
+    """Number of the first epoch of those known since which it takes part, or is out."""
+    lag_seconds: float = 0.0
+    """Age of the oldest data that this zone owes; 0 = none."""
+    read_errors: int = 0
+    """Reads that it has failed since it takes part."""
+    last_error: str = ""
+    """The last error that it was reported for, also after it has come back."""
+
+
+class EpochInfo(Struct, frozen=True, kw_only=True):
+    """One membership of zones."""
+
+    number: int
+    id: str
+    time: float
+    """Unix time."""
+    members: list[int]
+    """Numbers of the zones that take part, with their paths then in `paths`."""
+    paths: list[str]
+    out: list[int]
+    w: int
+    """How many of the members the next epoch had, or has, to reach."""
+    complete: bool
+    """Every member was known to hold the record when this copy was written."""
+    reason: str
+    """What it was made for: a start, a zone that is out, back, added, removed, draining."""
+
+
+class ZoneObjects(Struct, frozen=True, kw_only=True):
+    """What lies in one zone. reason: why that is not known; empty otherwise."""
+
+    number: int
+    path: str
+    segments: int = 0
+    segment_bytes: int = 0
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+    reason: str = ""
+
+
+class StoreInfo(Struct, frozen=True, kw_only=True):
+    """What a store is. Segments, checkpoints and bytes are those of all copies together."""
+
+    store_id: str
+    created: float
+    """Unix time."""
+    format_version: int
+    features_read: list[str]
+    """What a program must know to read the store, to write it, to check it."""
+    features_write: list[str]
+    features_check: list[str]
+    epoch: int
+    next_zone: int
+    """Zone numbers used so far, of 64."""
+    epochs: list[EpochInfo]
+    """Those that are still known, oldest first."""
+    zones: list[ZoneObjects]
+    segments: int
+    segment_bytes: int
+    checkpoints: int
+    checkpoint_bytes: int
 
 
 class StoreStatus(Struct, frozen=True, kw_only=True):
@@ -189,3 +251,9 @@ class StoreStatus(Struct, frozen=True, kw_only=True):
     """Version of the program that has the store open."""
     scrub: ScrubStatus
     recovery: RecoveryStatus
+    under_replicated: int = 0
+    """Segments of open VDIs with fewer copies in service than they should have."""
+    rebuilt_pages: int = 0
+    """Map pages that no zone had whole and that the log gave again, since the store was opened."""
+    last_flushes: dict[str, float | None] = {}
+    """Unix time of the last flush of each open VDI; null = none since the store was opened."""

@@ -38,6 +38,7 @@ from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
 from objstore.volume.directories import make_directories, other_zones
+from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
 from objstore.volume.opening import min_copies, purge_log
 from objstore.volume.recovery import Recovery
@@ -50,6 +51,7 @@ from objstore.volume.status import (
     JobStatus,
     RecoveryStatus,
     ScrubStatus,
+    StoreInfo,
     StoreStatus,
     VdiDamage,
     VdiStatus,
@@ -280,6 +282,10 @@ class Store(SnapshotOperations):
                 for offset, length in found
             ]
             return VdiDamage(name=name, ranges=ranges, complete=not vdi.disk.damage.truncated)
+
+    async def info(self) -> StoreInfo:
+        """What the store is: format, epochs, zones, what lies in them. Writes nothing."""
+        return await store_info(self)
 
     async def start_scrub(self) -> ScrubStatus:
         """Look at every copy of everything now; `wait_for_scrub` returns when that is done."""

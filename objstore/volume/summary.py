@@ -48,11 +48,14 @@ async def store_status(store: SummarizedStore) -> StoreStatus:
     failing = {zone.index for zone in env.zones if zone.error is not None}
     stopped = bool(reasons) or not failing.isdisjoint(env.in_service)
     reasons += _zone_reasons(env, epoch)
-    reasons += _fewer_copies(env, store.open_vdis())
+    fewer = _fewer_copies(env, store.open_vdis())
+    reasons += [text for text, _ in fewer]
+    if env.rebuilt_pages:
+        reasons.append(f"{env.rebuilt_pages} map pages were damaged in every copy and made again from the log")
     reasons += _copy_reasons(vdis, scrub, recovery)
     zones = [
-        *(await asyncio.gather(*(_member_status(env, epoch, member) for member in epoch.members))),
-        *(_out_status(zone) for zone in epoch.out),
+        *(await asyncio.gather(*(_member_status(store, member) for member in epoch.members))),
+        *(_out_status(env, zone) for zone in epoch.out),
     ]
     zones.sort(key=lambda zone: zone.number)
     return StoreStatus(
@@ -73,6 +76,9 @@ async def store_status(store: SummarizedStore) -> StoreStatus:
         version=VERSION,
         scrub=scrub,
         recovery=recovery,
+        under_replicated=sum(count for _, count in fewer),
+        rebuilt_pages=env.rebuilt_pages,
+        last_flushes={vdi.name: vdi.last_flush for vdi in store.open_vdis()},
     )
 
 
@@ -103,19 +109,25 @@ def _copy_reasons(vdis: Iterable[VdiStatus], scrub: ScrubStatus, recovery: Recov
     return reasons
 
 
-def _fewer_copies(env: Env, vdis: Iterable[Vdi]) -> list[str]:
-    """One line for each open VDI that has segments with fewer copies in service than it asks for."""
+def _fewer_copies(env: Env, vdis: Iterable[Vdi]) -> list[tuple[str, int]]:
+    """(one line, how many) for each open VDI that has segments with fewer copies in service than it asks for."""
     lines = []
     for vdi in vdis:
         wanted = vdi.disk.writer.copies
         fewer = sum(len(env.serving(s.zones)) < wanted for s in vdi.disk.segments.values())
         if fewer:
-            lines.append(f"VDI {vdi.name}: {fewer} segments have fewer than {wanted} copies in service")
+            lines.append((f"VDI {vdi.name}: {fewer} segments have fewer than {wanted} copies in service", fewer))
     return lines
 
 
-async def _member_status(env: Env, epoch: Epoch, member: Member) -> ZoneStatus:
+async def _member_status(store: SummarizedStore, member: Member) -> ZoneStatus:
+    env, epoch = store.env, store.membership.epoch
     zone = env.zones[member.number]
+    since = epoch.number
+    for each in reversed(store.membership.history.epochs):
+        if all(other.id != member.id for other in each.members):
+            break
+        since = each.number
     try:
         used, free = await run_long(env.executor, member.number, measure, zone.backend)
     except StoreError:
@@ -130,10 +142,14 @@ async def _member_status(env: Env, epoch: Epoch, member: Member) -> ZoneStatus:
         used_bytes=used,
         free_bytes=free,
         epoch=epoch.number,
+        since_epoch=since,
+        lag_seconds=env.lag_seconds(member.number),
+        read_errors=zone.read_errors,
+        last_error=zone.last_error if zone.error is None else str(zone.error),
     )
 
 
-def _out_status(zone: Outside) -> ZoneStatus:
+def _out_status(env: Env, zone: Outside) -> ZoneStatus:
     return ZoneStatus(
         number=zone.number,
         id=zone.id,
@@ -144,6 +160,8 @@ def _out_status(zone: Outside) -> ZoneStatus:
         used_bytes=0,
         free_bytes=0,
         epoch=zone.since - 1,
+        since_epoch=zone.since,
+        last_error=env.zones[zone.number].last_error or zone.reason,
     )
 
 

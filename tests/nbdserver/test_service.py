@@ -493,3 +493,27 @@ def test_a_listener_for_other_hosts_is_warned_about(
     places(ServePlan(zones=[tmp_path], listen=[listen], control=tmp_path / "c"))
     warning = capsys.readouterr().err
     assert ("no TLS" in warning and listen in warning) == warned
+
+
+def test_what_a_store_is_with_and_without_a_server(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same answer; without a server no byte of the zones changes for it."""
+    with serving(tmp_path, zones, "--vdi", "disk:64M") as server:
+        server.exports(1)
+        online = sheepfold(capsys, "store", "info", "--zone", zones[1])
+        assert server.stop() == (0, "")
+    files = {path: path.stat().st_mtime_ns for zone in zones for path in Path(zone).rglob("*") if path.is_file()}
+    offline = sheepfold(capsys, "store", "info", "--zone", zones[1])
+    after = {path: path.stat().st_mtime_ns for zone in zones for path in Path(zone).rglob("*") if path.is_file()}
+    assert {path: time for path, time in after.items() if path.name != "lock"} == {
+        path: time for path, time in files.items() if path.name != "lock"
+    }
+    for field in ("store_id", "created", "format_version", "features_read", "epoch", "epochs"):
+        assert online[field] == offline[field]
+    assert [epoch["reason"] for epoch in offline["epochs"]] == ["start"]
+    assert [zone["path"] for zone in offline["zones"]] == zones
+    assert main(["store", "info", "--zone", zones[0]]) == 0
+    text = capsys.readouterr().out
+    assert "zone numbers: 3 of 64 used" in text
+    assert zones[2] in text

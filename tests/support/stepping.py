@@ -313,6 +313,7 @@ class World:
         fault: Callable[[str, str], None] | None = None,
         here: Sequence[int] | None = None,
         force: bool = False,
+        read_only: bool = False,
         faults: Mapping[int, Callable[[str, str], None]] | None = None,
     ) -> Store:
         """A new process opens the store. fault, faults: of every zone, of single ones, from the first call on. here:
@@ -335,6 +336,7 @@ class World:
                 rng=self.rng,
                 missing={f"zone{i}": "there is no such directory" for i in range(len(self.storages)) if i not in here},
                 force=force,
+                read_only=read_only,
             )
         except BaseException:
             for backend in self.backends:

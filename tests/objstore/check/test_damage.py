@@ -220,3 +220,40 @@ async def test_swapped_copies_of_two_segments(store: Checked) -> None:
     assert report.verdict is Verdict.FAULTS
     assert store.repair().verdict is Verdict.CLEAN
     assert store.snapshot() == before
+
+
+@pytest.mark.parametrize("how", ["rot", "gone", "digit"])
+async def test_a_lost_superblock_is_written_anew(how: str) -> None:
+    """The zones that are here and the headers of its segments tell which zone it is; the product opens it again."""
+    store = await used_store(copies=3)
+    store.repair()
+    assert store.check().verdict is Verdict.CLEAN
+    objects = store.zones[1].objects
+    if how == "gone":
+        del objects["superblock"]
+    elif how == "rot":
+        objects["superblock"][60] ^= 1
+    else:
+        objects["superblock"][: len(b"SHEEPFOLD superblock 1")] = b"SHEEPFOLD superblock 2"
+    before = store.snapshot()
+    assert store.check().verdict is Verdict.FAULTS
+    assert store.snapshot() == before
+    report = store.repair()
+    assert any("superblock: written anew" in text for text in report.repaired)
+    assert report.verdict is Verdict.CLEAN
+    opened = await store.world.open()
+    assert len(opened.membership.epoch.members) == 3
+    await store.world.stop()
+
+
+async def test_a_superblock_is_not_guessed() -> None:
+    """Two zones without one: the headers list both, so that neither directory says which of them it is."""
+    store = await used_store(copies=3)
+    for zone in (1, 2):
+        store.zones[zone].objects["superblock"][60] ^= 1
+    before = store.snapshot()
+    report = store.repair()
+    assert not any("superblock" in text for text in report.repaired)
+    assert [finding.zone for finding in report.findings if finding.kind == "superblock"] == ["/zone1", "/zone2"]
+    for zone in (1, 2):
+        assert store.snapshot()[zone] == before[zone]
