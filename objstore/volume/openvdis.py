@@ -301,6 +301,7 @@ class OpenVdis:
 
     def _closed_head(self, vdi: Vdi) -> HeadEntry:
         disk, keeper = vdi.disk, vdi.keeper
+        head = self._head(disk.log)
         return HeadEntry(
             log=disk.log,
             generation=disk.writer.generation,
@@ -309,9 +310,9 @@ class OpenVdis:
             checkpoint=keeper.durable_number,
             clean=True,
             epoch=self.membership.epoch.id,
-            copies=min(disk.writer.copies, head.copies) if (head := self._head(disk.log)) else disk.writer.copies,
-            base_checkpoint=keeper.number,
-            first_checkpoint=keeper.next_number,
+            copies=min(disk.writer.copies, head.copies) if head else disk.writer.copies,
+            base_checkpoint=head.base_checkpoint if head else 0,
+            first_checkpoint=head.first_checkpoint if head else 0,
         )
 
 
