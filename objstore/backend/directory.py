@@ -3,6 +3,7 @@
     <zone>/lock          locked by the process that owns the zone; its text says who that is
     <zone>/tmp/N         objects under construction; whatever is there when the lock is taken is left over from a crash
     <zone>/spare/SIZE-N  retired files of SIZE bytes that `create` uses again (recycle_files_max > 0 only)
+    <zone>/spare/ballast space kept back for a file system that is full (ballast_bytes > 0 only)
     <zone>/NAME          object NAME
 
 What makes a name durable: the file is complete and synced under its temporary name, moves with one rename or link, and
@@ -22,6 +23,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
+from objstore.backend.ballast import BALLAST_NAME, Ballast
 from objstore.backend.base import Backend, Conflict, Entry, Handle, Writer, ZoneFailed
 from objstore.backend.file_handle import FileHandle, ZoneAbilities, read_all, write_all
 from objstore.backend.filesystem import OS_FILE_SYSTEM, FileSystem
@@ -50,11 +52,14 @@ _ST_BLOCK_BYTES: Final = 512
 class DirectoryBackend(Backend):
     """The contract of `Backend` over the directory `path`, which must exist.
 
-    recycle_files_max: most retired files kept for `create`; 0 unlinks them.
+    recycle_files_max: most retired files kept for `create`; 0 unlinks them. ballast_bytes: kept back in a file, which
+    is given up where a call that asks for no reserve (not clients' data: records, names, what frees space) finds none.
     Raises NotFound, ZoneFailed if the directory can't be opened.
     """
 
-    def __init__(self, path: str, *, fs: FileSystem = OS_FILE_SYSTEM, recycle_files_max: int = 0) -> None:
+    def __init__(
+        self, path: str, *, fs: FileSystem = OS_FILE_SYSTEM, recycle_files_max: int = 0, ballast_bytes: int = 0
+    ) -> None:
         self.path = path
         self._fs = fs
         self._able = ZoneAbilities()
@@ -68,6 +73,7 @@ class DirectoryBackend(Backend):
             self._root = fs.open(path, _FOLDER)
             self.device = fs.fstat(self._root).st_dev
         self._spares = SparePool(fs, self._root, recycle_files_max)
+        self._ballast = Ballast(fs, self._root, f"{SPARE_FOLDER}/{BALLAST_NAME}", ballast_bytes)
 
     # whole objects
 
@@ -118,12 +124,12 @@ class DirectoryBackend(Backend):
         _check_object_name(name)
         if size_bytes <= 0:
             raise InvalidRequest(f"an object needs a size: name={name} size_bytes={size_bytes}")
-        try:
-            return self._create(name, size_bytes, reserve_bytes)
-        except NoSpace:
-            if not self._drop_spares():
-                raise
-            return self._create(name, size_bytes, reserve_bytes)
+        while True:
+            try:
+                return self._create(name, size_bytes, reserve_bytes)
+            except NoSpace:
+                if not self._make_room(ballast=not reserve_bytes):
+                    raise
 
     def open(self, name: str) -> Handle:
         _check_object_name(name)
@@ -151,6 +157,7 @@ class DirectoryBackend(Backend):
             except FileNotFoundError:
                 return
             self._drop_empty_folders(folder_of(name))
+            self._renew_ballast()
 
     def delete_all(self, prefix: str) -> None:
         folder = prefix_of(prefix).rstrip("/")
@@ -161,6 +168,7 @@ class DirectoryBackend(Backend):
             self._sync_if_there(folder)
             self._drop_empty_folders(folder)
             self._sync_if_there(folder_of(folder))
+            self._renew_ballast()
 
     def _sync_if_there(self, folder: str) -> None:
         with suppress(FileNotFoundError), self._open_folder(folder) as fd:
@@ -189,11 +197,12 @@ class DirectoryBackend(Backend):
             except FileNotFoundError:
                 return
             self._drop_empty_folders(folder)
+            self._renew_ballast()
 
     def free_bytes(self) -> int:
-        """Space for new objects: what the file system gives this user, and the pool, which makes room on demand."""
+        """Space for new objects: what the file system gives this user, and what makes room on demand."""
         with self._calls("free_bytes", ""):
-            return self._disk_free_bytes() + self._spares.total_bytes
+            return self._disk_free_bytes() + self._spares.total_bytes + self._ballast.held_bytes
 
     def used_bytes(self) -> int:
         """The blocks of every file in the zone (one stat per file)."""
@@ -230,6 +239,7 @@ class DirectoryBackend(Backend):
                 self._fs.close(fd)
                 raise
             self._lock_fd = fd
+            self._renew_ballast()
 
     def lock_note(self) -> str | None:
         with self._calls("lock_note", LOCK_NAME):
@@ -265,6 +275,8 @@ class DirectoryBackend(Backend):
             source, fd = spare, -1
             try:
                 free_bytes = self._disk_free_bytes()
+                if reserve_bytes:  # the ballast is a part of the reserve
+                    reserve_bytes = max(1, reserve_bytes - self._ballast.held_bytes)
                 needed_bytes = reserve_bytes + (0 if spare else size_bytes)
                 if free_bytes < needed_bytes:
                     raise NoSpace(f"the zone is full: {free_bytes=} {needed_bytes=} name={name} zone={self.path}")
@@ -451,12 +463,25 @@ class DirectoryBackend(Backend):
         """Remove what a crash left half done. Only the holder of the lock may: to anyone else it may be in use."""
         for name in self._names_in(TMP_FOLDER):
             self._fs.unlink(f"{TMP_FOLDER}/{name}", dir_fd=self._root)
-        self._spares.adopt(self._names_in(SPARE_FOLDER))
+        self._spares.adopt(name for name in self._names_in(SPARE_FOLDER) if name != BALLAST_NAME)
+        self._ballast.adopt()
+        # Folders and names take space as well, where there is no second attempt.
+        if self._disk_free_bytes() < self._ballast.size_bytes:
+            self._ballast.drop()
 
-    def _drop_spares(self) -> bool:
-        """Unlink the whole pool; whether there was anything in it."""
-        with self._calls("drop_spares", ""):
-            return self._spares.drop_all()
+    def _make_room(self, *, ballast: bool) -> bool:
+        """Unlink the whole pool; if that was empty, the ballast. Whether there was anything."""
+        with self._calls("make_room", ""):
+            return self._spares.drop_all() or (ballast and self._ballast.drop())
+
+    def _renew_ballast(self) -> None:
+        if self._ballast.size_bytes and not self._ballast.is_there and self._lock_fd >= 0:
+            try:
+                self._make_durable_folder(TMP_FOLDER)
+                self._make_durable_folder(SPARE_FOLDER)
+            except OSError:
+                return  # full already
+            self._ballast.make(f"{TMP_FOLDER}/{next(self._tmp_numbers)}", self._disk_free_bytes())
 
     def _calls(self, call: str, name: str) -> translating:
         return translating(self.path, call, name)
@@ -477,12 +502,13 @@ class FileWriter(Writer):
     def write(self, buffers: Sequence[memoryview | bytes]) -> None:
         views = [memoryview(buffer) for buffer in buffers]
         with self._backend._calls("write", self._name):
-            try:
-                length_bytes = self._write(views)
-            except OSError as error:
-                if error.errno not in FULL_ERRNOS or not self._backend._drop_spares():
-                    raise
-                length_bytes = self._write(views)
+            while True:
+                try:
+                    length_bytes = self._write(views)
+                    break
+                except OSError as error:
+                    if error.errno not in FULL_ERRNOS or not self._backend._make_room(ballast=True):
+                        raise
             self._size_bytes += length_bytes
 
     def _write(self, views: Sequence[memoryview]) -> int:

@@ -63,6 +63,9 @@ from objstore.volume.zones import Reopen, Zones
 log = logging.getLogger(__name__)
 
 COPIES_DEFAULT_MAX: Final = 3
+BALLAST_BYTES: Final = 32 << 20
+"""Kept back in each zone, in a file: enough for a start (records, the copies of a short unsealed end) and for deletions
+when other programs have filled the file system to the last byte."""
 
 
 class Store(SnapshotOperations):
@@ -516,7 +519,7 @@ async def open_store(
             make_directories(names, made)
         for path in names:
             try:
-                backends.append((DirectoryBackend(path, recycle_files_max=spares), path))
+                backends.append((DirectoryBackend(path, recycle_files_max=spares, ballast_bytes=BALLAST_BYTES), path))
             except NotFound:
                 missing[path] = "there is no such directory"
             except ZoneFailed as error:
@@ -533,7 +536,7 @@ async def open_store(
             missing=missing,
             force=force,
             read_only=read_only,
-            reopen=lambda path: DirectoryBackend(path, recycle_files_max=spares),
+            reopen=lambda path: DirectoryBackend(path, recycle_files_max=spares, ballast_bytes=BALLAST_BYTES),
         )
     except StoreError:
         for backend, _ in backends:
