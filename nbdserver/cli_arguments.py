@@ -193,6 +193,17 @@ def _add_snapshot_commands(commands: "argparse._SubParsersAction[Parser]") -> No
     listing.add_argument("name", metavar="NAME", nargs="?", type=_argument(_name))
     _add_common(listing)
     _add_force(listing)
+    clone = commands.add_parser("clone", help="create a VDI that begins as a snapshot, or as another VDI is now")
+    clone.add_argument("source", metavar="NAME[@TAG]", type=_argument(_any_name))
+    clone.add_argument("name", metavar="NEW", type=_argument(_name))
+    clone.add_argument("--copies", metavar="N", type=_argument(_copies), help="(default: as there)")
+    clone.add_argument("--mode", choices=MODES, help="(default: as there)")
+    _add_common(clone)
+    _add_force(clone)
+    tree = commands.add_parser("tree", help="show which VDI or snapshot comes from which")
+    tree.add_argument("--dot", action="store_true", help="print a graph in the DOT language (Graphviz)")
+    _add_common(tree)
+    _add_force(tree)
     for command, what in (
         ("protect", "let nobody delete a snapshot"),
         ("unprotect", "let a snapshot be deleted again"),

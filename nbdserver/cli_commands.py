@@ -107,7 +107,7 @@ def administer(arguments: argparse.Namespace) -> None:
     from objstore.volume.settings import StoreSettings
 
     _log(logging.WARNING)
-    shown = getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots")
+    shown = getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots", "tree")
     looking = shown or arguments.command in ("status", "store")
     settings = StoreSettings() if config is None else config.store
     force = getattr(arguments, "force_open", False)

@@ -69,6 +69,7 @@ def vdi_details(vdi: VdiStatus) -> str:
             ("dirty", format_size(vdi.dirty_bytes)),
             ("last flush", "none since the store was opened" if vdi.last_flush is None else _moment(vdi.last_flush)),
             ("created", _moment(vdi.created)),
+            ("clone of", vdi.parent or "nothing"),
             ("id", str(vdi.vdi_id)),
             ("log", str(vdi.log)),
             ("damaged", format_size(vdi.damaged_bytes)),

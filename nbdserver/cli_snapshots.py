@@ -1,10 +1,11 @@
-"""The commands for snapshots: taking, listing, protecting and deleting them."""
+"""The commands for snapshots and clones."""
 
 import argparse
 
 from nbdserver.cli_admin import Admin
-from nbdserver.cli_output import print_json, show, snapshot_details, snapshot_table
+from nbdserver.cli_output import print_json, show, snapshot_details, snapshot_table, vdi_details
 from nbdserver.cli_progress import progress
+from nbdserver.cli_tree import family, tree_dot, tree_text
 
 
 def snapshot(admin: Admin, arguments: argparse.Namespace) -> None:
@@ -36,4 +37,27 @@ def unprotect(admin: Admin, arguments: argparse.Namespace) -> None:
     show(admin.protect_snapshot(arguments.name, protected=False), snapshot_details, as_json=arguments.json)
 
 
-COMMANDS = {"snapshot": snapshot, "snapshots": snapshots, "protect": protect, "unprotect": unprotect}
+def clone(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi clone`."""
+    with progress(f"cloning {arguments.source}"):
+        made = admin.clone(arguments.source, arguments.name, copies=arguments.copies, mode=arguments.mode)
+    show(made, vdi_details, as_json=arguments.json)
+
+
+def tree(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi tree`."""
+    roots = family(admin.vdis(), admin.snapshots(None))
+    if arguments.dot:
+        print(tree_dot(roots))
+    else:
+        show(roots, tree_text, as_json=arguments.json)
+
+
+COMMANDS = {
+    "snapshot": snapshot,
+    "snapshots": snapshots,
+    "protect": protect,
+    "unprotect": unprotect,
+    "clone": clone,
+    "tree": tree,
+}

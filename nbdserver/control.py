@@ -20,6 +20,7 @@ from nbdserver.control_data import AttributeOperations, AttributesOfVdis, JobOpe
 from nbdserver.operations import describe, operation, operations, route
 from objstore.access.api import (
     BODY_BYTES_MAX,
+    Clone,
     Copies,
     CreateVdi,
     ErrorReply,
@@ -77,6 +78,9 @@ class ControlledStore(VolumeSource, Protocol):
         self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
     ) -> SnapshotTaken: ...
     async def delete_snapshot(self, name: str) -> None: ...
+    async def clone(
+        self, source: str, name: str, *, copies: int | None = None, mode: str | None = None
+    ) -> VdiStatus: ...
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus: ...
     async def damage(self, name: str) -> VdiDamage: ...
     async def start_scrub(self) -> ScrubStatus: ...
@@ -158,6 +162,11 @@ class ControlServer:
     async def delete_vdi(self, name: str) -> None:
         """Delete a VDI and its data for good."""
         await self._store.delete_vdi(name)
+
+    @operation("POST", "/v1/clones", status=201)
+    async def clone(self, body: Clone) -> VdiStatus:
+        """Make a VDI that begins as a snapshot, or as another VDI is now; it is durable when this is answered."""
+        return await self._store.clone(body.source, body.name, copies=body.copies, mode=body.mode)
 
     @operation("GET", "/v1/snapshots")
     async def list_snapshots(self) -> list[SnapshotStatus]:

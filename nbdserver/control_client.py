@@ -10,6 +10,7 @@ from urllib.parse import quote
 import msgspec
 
 from objstore.access.api import (
+    Clone,
     Copies,
     CreateVdi,
     ErrorReply,
@@ -106,6 +107,9 @@ class ControlClient:
 
     def delete_snapshot(self, name: str) -> None:
         self._request("DELETE", _snapshot_path(name), None)
+
+    def clone(self, source: str, name: str, *, copies: int | None, mode: str | None) -> VdiStatus:
+        return self._ask("POST", "/v1/clones", VdiStatus, Clone(source=source, name=name, copies=copies, mode=mode))
 
     def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         return self._ask("PUT", _snapshot_path(name), SnapshotStatus, Protection(protected=protected))

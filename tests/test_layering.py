@@ -77,7 +77,13 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.cli_progress": set(),
     "nbdserver.cli_output": CONTROL,
     "nbdserver.cli_copies": {"nbdserver.cli_admin", "nbdserver.cli_output"},
-    "nbdserver.cli_snapshots": {"nbdserver.cli_admin", "nbdserver.cli_output", "nbdserver.cli_progress"},
+    "nbdserver.cli_tree": set(),
+    "nbdserver.cli_snapshots": {
+        "nbdserver.cli_admin",
+        "nbdserver.cli_output",
+        "nbdserver.cli_progress",
+        "nbdserver.cli_tree",
+    },
     "nbdserver.cli_admin": CONTROL | {"nbdserver.cli_progress", "objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli_check": {"nbdserver.cli_progress", "nbdserver.cli_output", "objstore.check"},
     "nbdserver.cli_commands": SERVER

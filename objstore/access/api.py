@@ -52,6 +52,15 @@ class TakeSnapshot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     protected: bool = False
 
 
+class Clone(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A clone to make of a snapshot (VDI@TAG, VDI@INDEX) or of a VDI as it is; copies, mode: null = as there."""
+
+    source: str
+    name: str
+    copies: int | None = None
+    mode: str | None = None
+
+
 class Protection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether a snapshot is protected from deletion."""
 

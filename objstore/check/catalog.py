@@ -146,7 +146,7 @@ class Catalog:
     def _add_snapshot(self, fields: dict[str, Any]) -> None:
         log, checkpoint = member(fields, "log", int), member(fields, "checkpoint", int)
         vdi, index = member(fields, "vdi_id", int), member(fields, "index", int)
-        if not checkpoint or not index or not member(fields, "size_bytes", int):
+        if not checkpoint or not (index or fields.get("hidden")) or not member(fields, "size_bytes", int):
             raise Damaged(f"the catalog describes a snapshot as {fields!r}")
         name = f"@{member(fields, 'tag', str) or index}"
         number, position = member(fields, "snapshot_id", int), member(fields, "position", int)

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from objstore.check.catalog import Catalog, listing, read_catalog
+from objstore.check.checkpoints import Frozen
 from objstore.check.epochs import Line
 from objstore.check.layout import Damaged
 from objstore.check.log import check_log
@@ -150,8 +151,16 @@ def zones_of(paths: Sequence[Path]) -> list[DirectoryZone]:
 
 
 def _check_logs(store: Store, line: Line, catalog: Catalog) -> None:
-    for vdi in sorted(catalog.vdis.values(), key=lambda vdi: vdi.log):
-        check_log(store, line, vdi, catalog.heads.get(vdi.log), catalog.snapshots_in(vdi.log))
+    frozen: dict[int, Frozen] = {}
+    for vdi in sorted(catalog.vdis.values(), key=lambda vdi: vdi.log):  # a clone's is higher than its snapshot's
+        head, snapshots = catalog.heads.get(vdi.log), catalog.snapshots_in(vdi.log)
+        found = check_log(store, line, vdi, head, snapshots, frozen.get(vdi.base))
+        if head is not None and vdi.base and vdi.base not in frozen:  # it was opened, so that map was there
+            text = "what it is a clone of can't be read"
+            store.add(Severity.UNAVAILABLE if store.missing else Severity.DAMAGE, "snapshot", text, vdi=vdi.name)
+        for number, snapshot in catalog.snapshots.items():
+            if snapshot.log == vdi.log and snapshot.checkpoint in found:
+                frozen[number] = found[snapshot.checkpoint]
         store.report.checked["VDIs"] += not vdi.hidden
     logs = {vdi.log for vdi in catalog.vdis.values()}
     for folder in ("log", "checkpoint"):

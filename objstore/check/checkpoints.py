@@ -1,6 +1,6 @@
 """Checkpoints: every copy whole, every frame right, and the map that they hold, read region by region."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -43,7 +43,22 @@ DEAD: Final = 1
 KEPT: Final = 2
 """States of a table's row."""
 
+LOG_SHIFT: Final = 40
+_REGION_BITS: Final = np.uint64((1 << LOG_SHIFT) - 1)
+
 RootTable = NDArray[Any]
+Holders = Mapping[tuple[int, int], Sequence[int]]
+
+
+class Frozen(NamedTuple):
+    """The map of a snapshot, for the clones of it. root: with the log in every entry. logs: its own log and those that
+    it descends from. lost: addresses of blocks whose data no copy has, rising."""
+
+    log: int
+    root: RootTable
+    holders: Holders
+    logs: frozenset[int]
+    lost: Array64
 
 
 def checkpoint_name(log: int, number: int) -> str:
@@ -108,11 +123,11 @@ def read_whole(store: Store, zone: int, owner: Owner, number: int) -> Whole:
     if crc32c(table) != footer.table_crc:
         raise Damaged("the segment table has a wrong checksum")
     entries, rows = np.frombuffer(root, ROOT_ENTRY), np.frombuffer(table, TABLE_ENTRY)
-    if len(np.unique(entries["region"])) != len(entries) or (entries["checkpoint"] > number).any():
+    if len(np.unique(regions_of(entries))) != len(entries) or (entries["checkpoint"][own(entries)] > number).any():
         raise Damaged("the root names a region twice, or a later checkpoint")
     if (entries["length"] > FRAME_BYTES_MAX).any() or (entries["offset"] > CHECKPOINT_BYTES_MAX).any():
         raise Damaged("the root names a frame longer than any, or behind the end of any checkpoint")
-    if (entries["region"] >= REGIONS_MAX).any() or header.next_segment > SEGMENTS_MAX:
+    if (regions_of(entries) >= REGIONS_MAX).any() or header.next_segment > SEGMENTS_MAX:
         raise Damaged("there are no such regions or segments")
     if len(np.unique(rows["number"])) != len(rows) or (rows["number"] >= header.next_segment).any():
         raise Damaged("the segment table names a segment twice, or one of the tail")
@@ -146,15 +161,35 @@ def read_checkpoints(
     return found, problems
 
 
-def verify_frames(store: Store, owner: Owner, number: int, entries: RootTable, zones: Sequence[int]) -> dict[int, str]:
-    """Frames of one checkpoint on every one of these zones; what is wrong, by zone."""
+def regions_of(root: RootTable) -> Array64:
+    """The regions of a root's entries."""
+    regions: Array64 = root["region"] & _REGION_BITS
+    return regions
+
+
+def own(root: RootTable) -> NDArray[np.bool_]:
+    """Which entries of a root name pages of the checkpoint's own log."""
+    return np.asarray(root["region"] <= _REGION_BITS)
+
+
+def in_log(root: RootTable, log: int) -> RootTable:
+    """The same entries with the log in all of them, for who comes from another log."""
+    named = root.copy()
+    named["region"][own(root)] |= np.uint64(log << LOG_SHIFT)
+    return named
+
+
+def verify_frames(
+    store: Store, owner: Owner, number: int, entries: RootTable, zones: Sequence[int], logs: Collection[int]
+) -> dict[int, str]:
+    """Frames of one checkpoint on every one of these zones; what is wrong, by zone. logs: see map_page."""
     problems: dict[int, str] = {}
     name = checkpoint_name(owner.log, number)
     for zone in zones:
         bad = 0
         for region, data in _frames(store, zone, name, entries):
             try:
-                map_page(frame(data, owner, number, region), owner.log)
+                map_page(frame(data, owner, number, region), logs)
             except Damaged as error:
                 bad += 1
                 problems.setdefault(zone, str(error))
@@ -170,7 +205,7 @@ def _frames(store: Store, zone: int, name: str, entries: RootTable) -> Iterator[
     """(region, bytes) of each entry of one object; b"" where the zone can't tell."""
     entries = entries[np.argsort(entries["offset"], kind="stable")]
     offsets, lengths = entries["offset"].tolist(), entries["length"].tolist()
-    regions = entries["region"].tolist()
+    regions = regions_of(entries).tolist()
     first = 0
     while first < len(regions):
         start, last = offsets[first], first
@@ -210,32 +245,38 @@ def report_copies(
 class MapReader:
     """The map of one checkpoint. lost: regions whose page no zone has, as reading finds them."""
 
-    def __init__(self, store: Store, owner: Owner, root: RootTable, holders: Mapping[int, Sequence[int]]) -> None:
-        """holders: for each checkpoint that the root names, the zones to read it from, the best first."""
+    def __init__(
+        self, store: Store, owner: Owner, root: RootTable, holders: Holders, logs: Collection[int] | None = None
+    ) -> None:
+        """holders: for each log and checkpoint that the root names, the zones to read it from, the best first. logs:
+        those that the map may name, default the owner's."""
         self._store = store
         self._owner = owner
         self._holders = holders
+        self._logs = {owner.log} if logs is None else logs
         self.root = root
         self.lost: dict[int, str] = {}
 
     def pages(self, wanted: Array64 | None = None) -> Iterator[tuple[Array64, Array64]]:
         """(regions, entries of shape (regions, 1024)), some at a time, of these regions (sorted) or all that have a
         page, in no order. A lost region is left out."""
-        root = self.root
+        root = in_log(self.root, self._owner.log)
         if wanted is not None:
-            root = root[np.isin(root["region"], wanted)]
+            root = root[np.isin(regions_of(root), wanted)]
         regions: list[int] = []
         pages: list[Array64] = []
-        for number in np.unique(root["checkpoint"]).tolist():
-            entries = root[root["checkpoint"] == number]
-            name = checkpoint_name(self._owner.log, number)
-            zones = self._holders.get(number, ())
+        keys = (root["region"] >> np.uint64(LOG_SHIFT) << np.uint64(32)) | root["checkpoint"]
+        for key in np.unique(keys).tolist():
+            entries = root[keys == key]
+            owner, number = Owner(self._owner.store, key >> 32), key & 0xFFFFFFFF
+            name = checkpoint_name(owner.log, number)
+            zones = self._holders.get((owner.log, number), ())
             if not len(zones):
-                for region in entries["region"].tolist():
-                    self.lost[region] = f"checkpoint {number} is in no zone"
+                for region in regions_of(entries).tolist():
+                    self.lost[region] = f"checkpoint {number} of log {owner.log} is in no zone"
                 continue
             for region, data in _frames(self._store, zones[0], name, entries):
-                page = self._page(number, region, data, entries, zones[1:], name)
+                page = self._page(owner, number, region, data, entries, zones[1:], name)
                 if page is None:
                     continue
                 regions.append(region)
@@ -248,17 +289,24 @@ class MapReader:
             yield np.array(regions, U64), np.stack(pages)
 
     def _page(
-        self, number: int, region: int, data: bytes, entries: RootTable, others: Sequence[int], name: str
+        self,
+        owner: Owner,
+        number: int,
+        region: int,
+        data: bytes,
+        entries: RootTable,
+        others: Sequence[int],
+        name: str,
     ) -> Array64 | None:
         try:
-            return map_page(frame(data, self._owner, number, region), self._owner.log)
+            return map_page(frame(data, owner, number, region), self._logs)
         except Damaged as error:
             problem = str(error)
-        entry = entries[entries["region"] == region]
+        entry = entries[regions_of(entries) == region]
         for zone in others:
             for _, copy in _frames(self._store, zone, name, entry):
                 try:
-                    return map_page(frame(copy, self._owner, number, region), self._owner.log)
+                    return map_page(frame(copy, owner, number, region), self._logs)
                 except Damaged:
                     continue
         self.lost[region] = problem

@@ -5,7 +5,7 @@ decoders: where the two disagree, one of them or FORMAT.md is wrong.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -423,8 +423,8 @@ def frame(data: Bytes, owner: Owner, checkpoint: int, region: int) -> memoryview
 _IN_REGION: Final = np.arange(REGION_BLOCKS, dtype=U64)
 
 
-def map_page(page: memoryview, log: int) -> Array64:
-    """The entries of a region's blocks, 1024 of them."""
+def map_page(page: memoryview, logs: Collection[int]) -> Array64:
+    """The entries of a region's blocks, 1024 of them. logs: those that addresses may name."""
     if len(page) < 16:
         raise Damaged("a map page is cut short")
     form, _, n, _ = _PAGE_HEADER.unpack_from(page)
@@ -445,8 +445,9 @@ def map_page(page: memoryview, log: int) -> Array64:
     else:
         raise Damaged(f"a map page of form {form} with {n} entries in {len(page)} bytes")
     data = entries > RESERVED
-    if (data & ((entries >> np.uint64(40)) != log)).any() or (data & (entries & np.uint64(0xFFF) == 0)).any():
-        raise Damaged(f"a map page has an entry that is no address of log {log}")
+    foreign = ~np.isin(entries >> np.uint64(40), np.array(sorted(logs), U64))
+    if (data & foreign).any() or (data & (entries & np.uint64(0xFFF) == 0)).any():
+        raise Damaged(f"a map page has an entry that is no address of log {', '.join(map(str, sorted(logs)))}")
     return entries
 
 

@@ -14,11 +14,16 @@ from objstore.check.checkpoints import (
     DEAD,
     LIVE,
     Checkpoint,
+    Frozen,
+    Holders,
     MapReader,
     RootTable,
     checkpoint_name,
     dense,
+    in_log,
+    own,
     read_checkpoints,
+    regions_of,
     report_copies,
     verify_frames,
 )
@@ -47,9 +52,19 @@ RANGES_MAX: Final = 1000
 """Ranges of lost data that one finding names."""
 
 
-def check_log(store: Store, line: Line, vdi: Vdi, head: Head | None, snapshots: Sequence[Snapshot] = ()) -> None:
-    """Check the log of a VDI and report what is wrong with it. line: the epochs. snapshots: whose maps are in it."""
-    _LogCheck(store, line, vdi, head, snapshots).run()
+def check_log(
+    store: Store,
+    line: Line,
+    vdi: Vdi,
+    head: Head | None,
+    snapshots: Sequence[Snapshot] = (),
+    base: Frozen | None = None,
+) -> dict[int, Frozen]:
+    """Check the log of a VDI and report what is wrong with it. line: the epochs. snapshots: whose maps are in it; base:
+    the one that the VDI is a clone of. The answer: the maps of its own snapshots, by checkpoint."""
+    check = _LogCheck(store, line, vdi, head, snapshots, base)
+    check.run()
+    return check.result
 
 
 @dataclass
@@ -59,6 +74,7 @@ class _LogCheck:
     vdi: Vdi
     head: Head | None
     snapshots: Sequence[Snapshot] = ()
+    base: Frozen | None = None
     chosen: Checkpoint | None = None
     before: Checkpoint | None = None
     frozen: dict[int, Snapshot] = field(default_factory=dict)
@@ -66,8 +82,11 @@ class _LogCheck:
     readable: dict[int, int] = field(default_factory=dict)
     """Zone to read the directory of a segment from."""
 
+    result: dict[int, Frozen] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
         store, log = self.store, self.vdi.log
+        self.logs = frozenset({log}) | (self.base.logs if self.base is not None else frozenset())
         self.owner = Owner(store.id, log)
         self.segments = listing(store, f"log/{log:06x}", 7)
         self.checkpoints = listing(store, f"checkpoint/{log:06x}", 8)
@@ -167,11 +186,13 @@ class _LogCheck:
     def _check_frames(self) -> None:
         """Every frame of every checkpoint, on every copy; copies that are missing."""
         named = np.concatenate([np.zeros(0, ROOT_ENTRY), *self._roots])
+        self._check_foreign(named[~own(named)])
+        named = named[own(named)]
         self.holders: dict[int, list[int]] = {}
         for number, checkpoint in self.found.items():
-            own = checkpoint.root[checkpoint.root["checkpoint"] == number]
-            entries = np.unique(np.concatenate((own, named[named["checkpoint"] == number])))
-            bad = verify_frames(self.store, self.owner, number, entries, checkpoint.zones)
+            ours = checkpoint.root[own(checkpoint.root) & (checkpoint.root["checkpoint"] == number)]
+            entries = np.unique(np.concatenate((ours, named[named["checkpoint"] == number])))
+            bad = verify_frames(self.store, self.owner, number, entries, checkpoint.zones, self.logs)
             self.problems.update({(number, zone): text for zone, text in bad.items()})
             checkpoint.good = [zone for zone in checkpoint.zones if zone not in bad]
             self.holders[number] = [*checkpoint.good, *bad]
@@ -182,6 +203,14 @@ class _LogCheck:
         self.needed |= {checkpoint.number for checkpoint in (self.chosen, self.before) if checkpoint is not None}
         self.needed |= self.frozen.keys()
         self._count_copies()
+
+    def _check_foreign(self, entries: RootTable) -> None:
+        """A clone shares pages of other logs with the snapshot that it is of, and with nobody else."""
+        theirs = np.zeros(0, U64) if self.base is None else regions_of(self.base.root)
+        strange = entries[~np.isin(regions_of(entries), theirs)]
+        if len(strange) and (self.base is not None or not self.vdi.base):
+            text = f"a map has {len(strange)} pages of other logs that are none of the snapshot that it is a clone of"
+            self._add(Severity.DAMAGE, "map", text)
 
     def _count_copies(self) -> None:
         """Checkpoints that some zone should have and doesn't, as far as that shows: where the log's others lie."""
@@ -214,7 +243,7 @@ class _LogCheck:
             return None
         checkpoint = self.chosen
         rows = checkpoint.table[np.argsort(checkpoint.table["number"])]
-        newest = MapCheck(self._reader(checkpoint.root), rows)
+        newest = self._map_check(checkpoint.root, rows)
         checks = [newest]
         needed: set[int] = set()
         if self.before is not None:
@@ -222,8 +251,8 @@ class _LogCheck:
             needed = set(self.before.table["number"][self.before.table["state"] == 0].tolist())
             everything = np.concatenate((rows, self.before.table[self.before.table["state"] == 0]))
             _, unique = np.unique(everything["number"], return_index=True)
-            checks.append(MapCheck(self._reader(self.before.root), everything[unique]))
-        maps = {number: MapCheck(self._reader(self.found[number].root), rows) for number in self.frozen}
+            checks.append(self._map_check(self.before.root, everything[unique]))
+        maps = {number: self._map_check(self.found[number].root, rows) for number in self.frozen}
         for number in self.frozen:
             self._check_kept(self.found[number], rows)
         for start in range(0, max(1, len(rows)), BATCH_SEGMENTS):
@@ -267,9 +296,27 @@ class _LogCheck:
             severity = Severity.UNAVAILABLE if self.unavailable else Severity.DAMAGE
             self.store.add(severity, "data-lost", text, vdi=snapshot.name, ranges=ranges[:RANGES_MAX])
         self.store.report.checked["snapshots"] += 1
+        root = in_log(check.reader.root, self.owner.log)
+        lost = np.sort(np.concatenate([np.zeros(0, U64), *(entries for _, entries in check.lost)]))
+        self.result[snapshot.checkpoint] = Frozen(self.owner.log, root, self._all_holders, self.logs, lost)
+
+    @property
+    def _all_holders(self) -> Holders:
+        ours = {(self.owner.log, number): zones for number, zones in self.holders.items()}
+        return {**ours, **(self.base.holders if self.base is not None else {})}
 
     def _reader(self, root: RootTable) -> MapReader:
-        return MapReader(self.store, self.owner, root, self.holders)
+        if self.base is not None:
+            shared = root[~own(root)]
+            theirs = self.base.root[np.isin(regions_of(self.base.root), regions_of(shared))]
+            root = np.concatenate((root[own(root)], theirs))
+        return MapReader(self.store, self.owner, root, self._all_holders, self.logs)
+
+    def _map_check(self, root: RootTable, rows: RootTable) -> MapCheck:
+        if self.base is None:
+            return MapCheck(self._reader(root), rows, self.owner.log)
+        base = MapReader(self.store, self.owner, self.base.root, self._all_holders, self.logs)
+        return MapCheck(self._reader(root), rows, self.owner.log, base, self.base.lost)
 
     def _check_before(self, before: Checkpoint, newest: Checkpoint) -> None:
         needed = before.table["number"][before.table["state"] == 0]
@@ -367,6 +414,11 @@ class _LogCheck:
         """Which blocks of the VDI have lost their data: those that the map, log's end included, still looks for."""
         blocks = [np.zeros(0, U64)]
         entries = [np.zeros(0, U64)]
+        if check is None and self.base is not None and len(self.base.lost):
+            for regions, pages in self._reader(self.base.root).pages():
+                rows, columns = np.nonzero(np.isin(pages, self.base.lost))
+                blocks.append(regions[rows] * np.uint64(1024) + columns.astype(U64))
+                entries.append(pages[rows, columns])
         if check is not None:
             blocks += [found for found, _ in check.lost]
             entries += [found for _, found in check.lost]
@@ -403,8 +455,13 @@ class _LogCheck:
         return result
 
     def _dense(self, checkpoint: Checkpoint | None, regions: Array64) -> Array64:
-        root = np.zeros(0, ROOT_ENTRY) if checkpoint is None else checkpoint.root
+        root = self._beginning if checkpoint is None else checkpoint.root
         return dense(self._reader(root), regions)
+
+    @property
+    def _beginning(self) -> RootTable:
+        """The root of the map before the first operation."""
+        return np.zeros(0, ROOT_ENTRY) if self.base is None else self.base.root
 
     # -- checkpoints against the log between them ------------------------------------------------------------------
 
@@ -444,8 +501,8 @@ class _LogCheck:
 
     def _check_pair(self, older: Checkpoint | None, newer: Checkpoint, numbers: list[int]) -> None:
         log = self.owner.log
-        before = np.zeros(0, ROOT_ENTRY) if older is None else older.root
-        base = np.union1d(before["region"], newer.root["region"])
+        before = self._beginning if older is None else older.root
+        base = np.union1d(regions_of(before), regions_of(newer.root))
         regions, changed = touched(log, self._operations(numbers), base)
         changed |= _row_of(before, regions) != _row_of(newer.root, regions)
         regions = regions[changed]
@@ -534,9 +591,10 @@ class _LogCheck:
 def _row_of(root: RootTable, regions: Array64) -> RootTable:
     """The root's entry of each region, zeros where it has none."""
     rows = np.zeros(len(regions), ROOT_ENTRY)
-    order = np.argsort(root["region"])
-    at = np.searchsorted(root["region"][order], regions)
+    known = regions_of(root)
+    order = np.argsort(known)
+    at = np.searchsorted(known[order], regions)
     there = at < len(root)
-    there[there] = root["region"][order][at[there]] == regions[there]
+    there[there] = known[order][at[there]] == regions[there]
     rows[there] = root[order][at[there]]
     return rows

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from objstore.check.checkpoints import MapReader, RootTable
+from objstore.check.checkpoints import MapReader, RootTable, dense
 from objstore.check.layout import REGION_BLOCKS, RESERVED, U64, Array64, Directory, data_lengths
 
 BATCH_SEGMENTS: Final = 2048
@@ -19,6 +19,7 @@ CANDIDATES_MAX: Final = 1 << 20
 """Blocks of lost data that are looked up in the log's end; those behind count as lost."""
 NOBODY: Final = np.uint64((1 << 64) - 1)
 
+_LOG_SHIFT: Final = np.uint64(40)
 _SEGMENT_SHIFT: Final = np.uint64(12)
 _SEGMENT_MASK: Final = np.uint64((1 << 28) - 1)
 _BLOCK_MASK: Final = np.uint64(0xFFF)
@@ -54,13 +55,18 @@ class Wrong:
 
 @dataclass
 class MapCheck:
-    """One checkpoint's map against the segments of its table.
+    """One checkpoint's map against the segments of its table, and against the map of the snapshot that the VDI is a
+    clone of, which all addresses of other logs must come from unchanged.
 
+    log: the VDI's. base: reader of that snapshot's map; base_lost: addresses of what it has lost, rising.
     live: blocks that the map points at, by row of the table. lost: (block, entry) of those whose data no copy has.
     """
 
     reader: MapReader
     table: RootTable
+    log: int
+    base: MapReader | None = None
+    base_lost: Array64 = field(default_factory=lambda: np.zeros(0, U64))
     wrong: Wrong = field(default_factory=Wrong)
     lost: list[tuple[Array64, Array64]] = field(default_factory=list)
     lost_count: int = 0
@@ -82,7 +88,10 @@ class MapCheck:
         flat = np.concatenate([np.zeros(0, U64), *(array for array in arrays if array is not None)])
         gone = np.array(sorted(number << 12 | block for number, blocks in lost_blocks.items() for block in blocks), U64)
         for regions, pages in self.reader.pages():
-            rows, columns = np.nonzero(pages > RESERVED)
+            ours = pages >> _LOG_SHIFT == np.uint64(self.log)
+            if first and self.base is not None:
+                self._compare(regions, pages, (pages > RESERVED) & ~ours)
+            rows, columns = np.nonzero((pages > RESERVED) & ours)
             entries = pages[rows, columns]
             blocks = regions[rows] * np.uint64(REGION_BLOCKS) + _WITHIN[columns]
             segments = entries >> _SEGMENT_SHIFT & _SEGMENT_MASK
@@ -105,6 +114,19 @@ class MapCheck:
                 places = entries & np.uint64((1 << 40) - 1)
                 hit = right & (gone[np.minimum(np.searchsorted(gone, places), len(gone) - 1)] == places)
                 self._lose(blocks[hit], entries[hit])
+
+    def _compare(self, regions: Array64, pages: Array64, foreign: NDArray[np.bool_]) -> None:
+        """Entries that name other logs."""
+        assert self.base is not None
+        order = np.argsort(regions)
+        theirs = np.zeros_like(pages)
+        theirs[order] = dense(self.base, regions[order])
+        known = ~np.isin(regions, np.array(sorted(self.base.lost), U64))
+        rows, columns = np.nonzero(foreign & (pages != theirs) & known[:, np.newaxis])
+        blocks = regions[rows] * np.uint64(REGION_BLOCKS) + _WITHIN[columns]
+        self.wrong.add(blocks, pages[rows, columns], "which the snapshot that it is a clone of does not say")
+        rows, columns = np.nonzero(foreign & np.isin(pages, self.base_lost))
+        self._lose(regions[rows] * np.uint64(REGION_BLOCKS) + _WITHIN[columns], pages[rows, columns])
 
     def _count(self, blocks: Array64, entries: Array64, segments: Array64) -> None:
         if not len(self.table):

@@ -21,6 +21,7 @@ from objstore.format.segment import Directory
 from objstore.log.address import BLOCK_BITS, HOLE, RESERVED, SEGMENT_BITS, SEGMENT_MAX
 from objstore.log.blockmap import FILL_STEP, BlockMap, PageRef
 from objstore.log.env import Env
+from objstore.log.root import Root
 from objstore.log.segment import Segment
 from objstore.log.view import MappedView
 from objstore.log.writer import LogWriter
@@ -55,6 +56,8 @@ class Disk(MappedView):
         self.dead_blocks = 0
         self.held_live = 0
         self.held_blocks = 0
+        self.base_root: Root | None = None
+        """What the map of a clone began with."""
         self.still_since = -1
         self.still_position = -1
         """From the first of these positions, that of the newest snapshot of this run, to the second there are

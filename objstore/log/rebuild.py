@@ -25,7 +25,7 @@ from objstore.log.disk import Disk
 from objstore.log.reader import load_directory
 from objstore.log.regions import Region, compact, decode_region, encode_region
 from objstore.log.replay import ZERO_KINDS
-from objstore.log.root import Root
+from objstore.log.root import Root, rebased
 from objstore.log.segment import Segment
 from objstore.replica.zone import run
 from objstore.units import REGION_SHIFT
@@ -129,7 +129,7 @@ async def _directories(disk: Disk, before: Loaded, next_segment: int, position: 
 
 async def _pages_before(disk: Disk, before: Loaded, regions: Sequence[int]) -> dict[int, Region | None]:
     """What the regions had in them at the checkpoint before, None = nothing; without those whose pages are lost too."""
-    root = Root(before.root)
+    root = Root(before.root) if disk.base_root is None else rebased(Root(before.root), disk.base_root)
     refs = [(region, ref) for region in regions if (ref := root.get(region)) is not None]
     values: dict[int, Region | None] = {region: None for region in regions if root.get(region) is None}
     try:

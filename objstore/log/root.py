@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from objstore.errors import Corrupt
 from objstore.format.checkpoint import ROOT, ROOT_LOG_SHIFT
 from objstore.log.regionmap import PageRef
 
@@ -99,6 +100,18 @@ def in_checkpoints(root: Root, numbers: Collection[int], bytes_max: int) -> list
     before = np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
     rows = rows[before < bytes_max]
     return [(region, PageRef(checkpoint, offset, length)) for region, checkpoint, length, offset in rows.tolist()]
+
+
+def rebased(root: Root, base: Root) -> Root:
+    """The root of a clone's map, with the pages that it shares where the snapshot has them now: its map may have been
+    written anew since. base: the snapshot's, as `of_clone` makes it."""
+    shared = ~own(root.rows)
+    at = base.regions.searchsorted(root.regions[shared])
+    if (at == len(base)).any() or (base.regions[at] != root.regions[shared]).any():
+        raise Corrupt("a clone's map shares pages that its snapshot does not have")
+    rows = root.rows.copy()
+    rows[shared] = base.rows[at]
+    return Root(rows)
 
 
 def of_clone(root: Root, log: int) -> Root:

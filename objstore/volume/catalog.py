@@ -161,7 +161,7 @@ class CatalogState:
         """The one called NAME@TAG or NAME@INDEX."""
         vdi, _, which = name.partition("@")
         for snapshot in self.snapshots_named(vdi):
-            if which and which in (snapshot.tag, str(snapshot.index)):
+            if not snapshot.hidden and which and which in (snapshot.tag, str(snapshot.index)):
                 return snapshot
         return None
 

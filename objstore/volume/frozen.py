@@ -9,7 +9,7 @@ from objstore.log.checkpoint import CheckpointZones, find_checkpoint
 from objstore.log.disk import Disk
 from objstore.log.env import Env
 from objstore.log.holds import live_numbers
-from objstore.log.root import Root
+from objstore.log.root import Root, rebased
 from objstore.log.view import MappedView
 from objstore.units import BLOCK_BYTES
 from objstore.volume.base import always
@@ -121,9 +121,9 @@ class FrozenVolume(Reading):
         env.maps.wake()
 
 
-async def open_snapshot(env: Env, disk: Disk, name: str, entry: SnapshotEntry) -> FrozenVolume:
-    """disk: the open one whose log has the snapshot; the map is written. Corrupt: the map, or something that it points
-    into, is in no zone."""
+async def snapshot_root(env: Env, disk: Disk, name: str, entry: SnapshotEntry) -> Root:
+    """The root of a snapshot's map. disk: the open one whose log has the snapshot; the map is written. Corrupt: the
+    map, or something that it points into, is in no zone."""
     zones = disk.checkpoint_zones
     assert isinstance(zones, CheckpointZones)
     loaded = await find_checkpoint(env, entry.log, entry.checkpoint, zones)
@@ -138,7 +138,13 @@ async def open_snapshot(env: Env, disk: Disk, name: str, entry: SnapshotEntry) -
             f"found={loaded.header.position}"
         )
     root = Root(loaded.root)
+    return root if disk.base_root is None else rebased(root, disk.base_root)
+
+
+async def open_snapshot(env: Env, disk: Disk, name: str, entry: SnapshotEntry) -> FrozenVolume:
+    """The snapshot as a volume; see `snapshot_root`."""
+    root = await snapshot_root(env, disk, name, entry)
     blocks = -(-entry.size_bytes // BLOCK_BYTES)
     view = MappedView(env, entry.log, blocks, BlockMap(await root.pages()))
-    view.checkpoint_zones = zones
+    view.checkpoint_zones = disk.checkpoint_zones
     return FrozenVolume(name, entry, view, root)

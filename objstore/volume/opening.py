@@ -31,7 +31,7 @@ from objstore.log.opening import Base, Head, Row, Tail, believe, copy_rest, list
 from objstore.log.parts import Owed, Uncounted, state_of
 from objstore.log.regions import Region, expand, view
 from objstore.log.replay import Replay
-from objstore.log.root import Root
+from objstore.log.root import Root, rebased
 from objstore.log.segment import Segment, segment_name
 from objstore.log.tail import SurvivingRecord
 from objstore.log.trust import Trust
@@ -153,10 +153,12 @@ async def open_disk(
     entry: HeadEntry | None,
     *,
     snapshots: Sequence[FrozenAt] = (),
+    base_root: Root | None = None,
     force: bool = False,
 ) -> Opened:
     """Corrupt: it can't be opened without losing what was flushed. Unavailable: not without zones that are missing,
-    which are named. force: then open what there is of it. snapshots: whose maps are in this log."""
+    which are named. force: then open what there is of it. snapshots: whose maps are in this log. base_root: what
+    a clone's map begins with; the logs that it is in are open."""
     log = vdi.log
     blocks = -(-vdi.size_bytes // BLOCK_BYTES)
     head = NO_HEAD if entry is None else head_of(entry)
@@ -169,12 +171,11 @@ async def open_disk(
     ended = range(head.base_checkpoint + 1, head.first_checkpoint)
     loaded, sizes = await newest_checkpoint(env, log, head.checkpoint, ended, zones, listings)
     base = Base(0, 0, 0)
-    root = Root()
-    pages: dict[int, PageRef] = {}
+    root = Root() if base_root is None else base_root
     if loaded is not None:
         base = Base(loaded.header.position, loaded.header.previous_crc, loaded.header.next_segment)
-        root = Root(loaded.root)
-        pages = await root.pages()
+        root = Root(loaded.root) if base_root is None else rebased(Root(loaded.root), base_root)
+    pages = await root.pages()
     tail = await read_tail(env, log, head, base, trust=trust, force=force)
     position, previous_crc = base.position, base.previous_crc
     if tail.sealed:
@@ -192,6 +193,7 @@ async def open_disk(
     )
     disk = Disk(env, log, blocks, BlockMap(pages), writer)
     disk.checkpoint_zones = env.page_zones[log] = zones
+    disk.base_root = base_root
     keeper = Keeper(disk)
     keeper.root = root
     _restore_keeper(keeper, loaded, sizes)

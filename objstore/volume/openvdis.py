@@ -11,10 +11,11 @@ import msgspec
 
 from objstore.errors import NotFound, ReadOnly, Stopping, StoreError
 from objstore.format.catalog import Entry, HeadEntry, SnapshotEntry, VdiEntry
+from objstore.log.root import Root, of_clone
 from objstore.log.takeover import Copied
 from objstore.volume.base import Volume
 from objstore.volume.damaged import DamageLists
-from objstore.volume.frozen import FrozenVolume, open_snapshot
+from objstore.volume.frozen import FrozenVolume, open_snapshot, snapshot_root
 from objstore.volume.opening import FrozenAt, close_disk, drop_garbage, open_disk, rows_of, tail_rows
 from objstore.volume.standstill import Standstill
 from objstore.volume.starting import Started
@@ -238,9 +239,12 @@ class OpenVdis:
         env = self.env
         state = self.catalog.state
         try:
+            base_root = await self._open_base(entry) if entry.base else None
             snapshots = [FrozenAt(s.snapshot_id, s.checkpoint, s.position) for s in state.snapshots_in(entry.log)]
             head = state.heads.get(entry.log)
-            opened = await open_disk(env, self.membership, entry, head, snapshots=snapshots, force=self._force)
+            opened = await open_disk(
+                env, self.membership, entry, head, snapshots=snapshots, base_root=base_root, force=self._force
+            )
             try:
                 async with self._change if opened.owed is not None else nullcontext():
                     await self.catalog.commit(opened.head, *self._renumbered(opened.owed))
@@ -250,6 +254,7 @@ class OpenVdis:
                 raise
         except StoreError as error:
             self._failed[entry.vdi_id] = str(error)
+            await self._leave_parent(entry.vdi_id)
             raise
         finally:
             del self._opening[entry.vdi_id]
@@ -264,6 +269,16 @@ class OpenVdis:
         vdi.standstill = Standstill(env, vdi.disk, partial(self._commit_copied, entry.vdi_id, vdi), vdi.look_again)
         self._open[entry.vdi_id] = vdi
         return vdi
+
+    async def _open_base(self, entry: VdiEntry) -> Root:
+        """Keep the VDI open that this one is a clone of, until `_leave_parent`; what the clone's map begins with."""
+        state = self.catalog.state
+        stack = self._parents[entry.vdi_id] = AsyncExitStack()
+        owner = state.vdis[state.owners[state.snapshots[entry.base].log]]
+        vdi = await stack.enter_async_context(self.using(owner))
+        base = state.snapshots[entry.base]  # opening its log may have given its map another number
+        await vdi.keeper.snapshot_written(base.checkpoint)
+        return of_clone(await snapshot_root(self.env, vdi.disk, self.snapshot_name(base), base), base.log)
 
     def _renumbered(self, owed: FrozenAt | None) -> list[Entry]:
         """The entry of a snapshot whose map this run will write."""

@@ -7,7 +7,7 @@ whoever asked for it goes away.
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -105,12 +105,21 @@ class SnapshotOperations(OpenVdis):
             raise Exists(f"there is a snapshot {name}@{tag} already")
 
     async def _create_snapshot(self, entry: VdiEntry, tag: str, skip_unchanged: bool, protected: bool) -> SnapshotTaken:
+        if skip_unchanged:
+            of_it = self.catalog.state.snapshots_of(entry.vdi_id)
+            ours = [s for s in of_it if s.log == entry.log and not s.hidden]
+            async with self.using(entry) as vdi:
+                if ours and vdi.unchanged_since(ours[-1].position):
+                    return SnapshotTaken(snapshot=self._snapshot_status(ours[-1]), taken=False)
+        snapshot = await self._take(entry, tag, protected=protected)
+        return SnapshotTaken(snapshot=self._snapshot_status(snapshot), taken=True)
+
+    async def _take(
+        self, entry: VdiEntry, tag: str = "", *, protected: bool = False, hidden: bool = False
+    ) -> SnapshotEntry:
         state = self.catalog.state
         snapshot: SnapshotEntry | None = None
         async with self.using(entry) as vdi:
-            ours = [s for s in state.snapshots_of(entry.vdi_id) if s.log == entry.log and not s.hidden]
-            if skip_unchanged and ours and vdi.unchanged_since(ours[-1].position):
-                return SnapshotTaken(snapshot=self._snapshot_status(ours[-1]), taken=False)
             if vdi.prealloc:
                 await self._check_prealloc(vdi.size_bytes)  # every block may be written anew beside the old one
             number, position = await vdi.begin_snapshot()
@@ -126,16 +135,17 @@ class SnapshotOperations(OpenVdis):
                         position=position,
                         vdi_id=entry.vdi_id,
                         tag=tag,
-                        index=max((s.index for s in state.snapshots_named(now.name)), default=0) + 1,
+                        index=0 if hidden else max((s.index for s in state.snapshots_named(now.name)), default=0) + 1,
                         size_bytes=now.size_bytes,
                         created=self.env.clock.wall(),
                         protected=protected,
+                        hidden=hidden,
                     )
                     await self.catalog.commit(snapshot)
             finally:
                 if snapshot is None or snapshot.snapshot_id not in state.snapshots:
                     vdi.keeper.end_snapshot(number)
-            return SnapshotTaken(snapshot=self._snapshot_status(snapshot), taken=True)
+        return snapshot
 
     def _entry_of(self, vdi_id: int) -> VdiEntry:
         """The VDI as it is now. NotFound: it was deleted meanwhile."""
@@ -164,15 +174,15 @@ class SnapshotOperations(OpenVdis):
         """Delete a snapshot; the space that only it needs comes back in the background. NotFound; Busy: it is
         protected, attached, or clones need it, which are named."""
         self.find_snapshot(name)
-        await self._own(self._delete_snapshot(name))
+        await self._own(self._delete_found(lambda: self.find_snapshot(name), name))
 
-    async def _delete_snapshot(self, name: str) -> None:
+    async def _delete_found(self, find: Callable[[], SnapshotEntry], name: str) -> None:
         state = self.catalog.state
         closing: set[int] = set()
         try:
             while True:
                 async with self._change:
-                    entry = self.find_snapshot(name)
+                    entry = find()
                     self._check_unused(entry, name)
                     owner = state.vdis[state.owners[entry.log]]
                     gone = [state.vdis[vdi] for vdi in {entry.vdi_id, owner.vdi_id} if self._needless(vdi, entry)]

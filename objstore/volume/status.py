@@ -30,6 +30,8 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Unix time of the last flush that completed since the store was opened; null = none yet."""
     log: int
     """Number of its log, never used again by another VDI."""
+    parent: str = ""
+    """The snapshot that it is a clone of, or the VDI if it was cloned as it was; empty otherwise."""
     damaged_bytes: int = 0
     """Bytes that no zone has whole, as far as reads and scrubs have found; `vdi damage` says which."""
 

@@ -7,7 +7,6 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -16,7 +15,6 @@ from objstore.backend.directory import DirectoryBackend
 from objstore.clock import Clock, SystemClock
 from objstore.errors import (
     Busy,
-    Exists,
     InvalidRequest,
     NoSpace,
     NotFound,
@@ -27,7 +25,6 @@ from objstore.errors import (
 )
 from objstore.format.catalog import DeleteEntry, PurgedEntry, StopEntry, VdiEntry
 from objstore.format.document import Epoch
-from objstore.log.address import LOG_MAX
 from objstore.log.checkpoint import checkpoint_folder
 from objstore.log.segment import log_folder
 from objstore.log.writer import segment_blocks
@@ -37,6 +34,7 @@ from objstore.replica.zone import Executor, ThreadExecutor, run, run_long
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
+from objstore.volume.clones import COPIES_DEFAULT_MAX, CloneOperations
 from objstore.volume.directories import make_directories, other_zones
 from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
@@ -44,7 +42,6 @@ from objstore.volume.opening import min_copies, purge_log
 from objstore.volume.recovery import Recovery
 from objstore.volume.scrub import Scrub
 from objstore.volume.settings import MODES, StoreSettings, check_mode
-from objstore.volume.snapshots import SnapshotOperations
 from objstore.volume.starting import Started, start_store
 from objstore.volume.status import (
     DamagedRange,
@@ -62,13 +59,12 @@ from objstore.volume.zones import Reopen, Zones
 
 log = logging.getLogger(__name__)
 
-COPIES_DEFAULT_MAX: Final = 3
 BALLAST_BYTES: Final = 32 << 20
 """Kept back in each zone, in a file: enough for a start (records, the copies of a short unsealed end) and for deletions
 when other programs have filled the file system to the last byte."""
 
 
-class Store(SnapshotOperations):
+class Store(CloneOperations):
     """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:
@@ -76,7 +72,6 @@ class Store(SnapshotOperations):
         self.unclean_stop = started.unclean
         self.started = self.env.clock.wall()
         self.places = started.places
-        self._creating: set[str] = set()
         self._purging: set[asyncio.Task[None]] = set()
         self.scrub = Scrub(self)
         self.recovery = Recovery(self)
@@ -123,16 +118,11 @@ class Store(SnapshotOperations):
         self._check_open()
         if not 0 < size_bytes <= VDI_BYTES_MAX:
             raise InvalidRequest(f"size {size_bytes} is impossible: 1 byte to {format_size(VDI_BYTES_MAX)}")
-        zones = len(self.membership.epoch.members) + len(self.membership.epoch.out)
         if copies is None:
-            copies = min(COPIES_DEFAULT_MAX, zones)
-        if not 1 <= copies <= zones:
-            raise InvalidRequest(f"copies = {copies} is impossible: the store's zones are {zones}")
+            copies = min(COPIES_DEFAULT_MAX, len(self.membership.epoch.members) + len(self.membership.epoch.out))
+        self._check_copies(copies)
+        self._check_name_free(name)
         state = self.catalog.state
-        if name in state.names or name in self._creating:
-            raise Exists(f"there is a VDI {name!r} already")
-        if state.next_log > LOG_MAX:
-            raise NoSpace("the store has used up its log numbers")
         self._creating.add(name)
         try:
             if prealloc:
@@ -209,6 +199,8 @@ class Store(SnapshotOperations):
             await vdi.abandon(NotFound(f"VDI {entry.name!r} was deleted"))
             self._forget_segments(vdi)
             await self._leave_parent(entry.vdi_id)
+        if entry.base:
+            self._begin(self._drop_hidden(entry.base))
         self._purge(entry.log)
 
     def _purge(self, number: int) -> None:
@@ -265,6 +257,7 @@ class Store(SnapshotOperations):
             dirty_bytes=vdi.disk.writer.dirty_bytes if vdi is not None else 0,
             last_flush=vdi.last_flush if vdi is not None else None,
             log=entry.log,
+            parent=self._parent_name(entry),
             damaged_bytes=self._damaged_bytes(entry.log, vdi),
         )
 

@@ -187,6 +187,11 @@ class FakeStore:
         )
         return SnapshotTaken(snapshot=self._snapshots[whole_name], taken=True)
 
+    async def clone(self, source: str, name: str, *, copies: int | None = None, mode: str | None = None) -> VdiStatus:
+        made = await self.create_vdi(name, self.vdi(source.partition("@")[0]).size_bytes, copies=copies)
+        self._vdis[name] = msgspec.structs.replace(made, parent=source, mode=mode or made.mode)
+        return self._vdis[name]
+
     async def delete_snapshot(self, name: str) -> None:
         if self.snapshot(name).protected:
             raise Busy(f"protected: snapshot={name}")

@@ -114,6 +114,8 @@ async def test_snapshots(path: Path, store: FakeStore) -> None:
     again = await ask(path, lambda c: c.create_snapshot("a b", "", skip_unchanged=True, protected=False))
     assert not again.taken
     assert await ask(path, lambda c: c.snapshots(None)) == await ask(path, lambda c: c.snapshots("a b"))
+    made = await ask(path, lambda c: c.clone("a b@t%", "new", copies=2, mode="unsafe"))
+    assert (made.name, made.parent, made.copies, made.mode) == ("new", "a b@t%", 2, "unsafe")
     with pytest.raises(errors.NotFound, match="vdi=b"):
         await ask(path, lambda c: c.snapshots("b"))
     with pytest.raises(errors.Busy, match="snapshot=a b@t%"):

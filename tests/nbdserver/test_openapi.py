@@ -29,6 +29,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "get_damage": {"name": "disk"},
     "list_snapshots_of": {"name": "disk"},
     "create_snapshot": {"name": "disk", "body": {"tag": "new", "skip_unchanged": False}},
+    "clone": {"body": {"source": "disk", "name": "copy", "copies": 1}},
     "get_snapshot": {"name": "disk@old"},
     "protect_snapshot": {"name": "disk@old", "body": {"protected": False}},
     "delete_snapshot": {"name": "disk@old"},

@@ -311,13 +311,13 @@ class Scenario:
         world.phase = "recovery"
         for name in sorted(self.models):
             if name.startswith("extra") and not last and self.rng.random() < 0.3:
-                await self._delete(store, self.models[name])
+                await self.delete_disk(store, self.models[name])
         together = self.rng.random() < 0.5
         if together:
-            await asyncio.gather(*(self._open_disk(store, self.models[name]) for name in sorted(self.models)))
+            await asyncio.gather(*(self.open_disk(store, self.models[name]) for name in sorted(self.models)))
         for name in sorted(self.models):
             if not together:
-                await self._open_disk(store, self.models[name])
+                await self.open_disk(store, self.models[name])
         world.phase = "verify"
         for name in sorted(self.models):
             await self._show(self.models[name])
@@ -328,7 +328,7 @@ class Scenario:
             snapshots = self._until_stopped(functools.partial(self.snapshots.serve, store))
             await asyncio.gather(*self._clients(store), *rots, self.trouble.while_serving(), snapshots)
             for name in sorted(self.models):
-                if not world.zone_failed:
+                if not world.zone_failed and name in self.open_models:
                     await self._until_stopped(functools.partial(self._compare_all, self.models[name]))
         self._check_counters(store)
         if end == "crash":
@@ -446,7 +446,7 @@ class Scenario:
             world.note(f"created {model.name} {model.size_bytes} {model.mode} copies={model.copies}")
             return
 
-    async def _open_disk(self, store: Store, model: DiskModel) -> None:
+    async def open_disk(self, store: Store, model: DiskModel) -> None:
         while True:
             try:
                 volume = await store.open(model.name)
@@ -561,13 +561,17 @@ class Scenario:
             copies = rng.randrange(self.copies_min, self.copies_max + 1)
             model = self._add_model(name, rng.choice((MIB, 5 * MIB + 7)), mode, copies)
             await self._create(store, model)
-            await self._open_disk(store, model)
+            await self.open_disk(store, model)
             model.settle()
             await Client(self, store, model, rng).run(rng.choice((0, 3, 12)))
             if rng.random() < 0.7:
-                await self._delete(store, model)
+                await self.delete_disk(store, model)
 
-    async def _delete(self, store: Store, model: DiskModel) -> None:
+    async def use(self, store: Store, model: DiskModel, operations: int) -> None:
+        """A client works on a disk that is open."""
+        await Client(self, store, model, self.rng).run(operations)
+
+    async def delete_disk(self, store: Store, model: DiskModel) -> None:
         world = self.world
         volume = self.open_models.pop(model.name, None)
         if volume is not None:
@@ -628,7 +632,8 @@ class Scenario:
             needed: set[str] = set()
             for volume in self.open_models.values():
                 disk = volume.disk
-                if volume.keeper.holds.maps or disk.held_blocks:
+                frozen = {snapshot.checkpoint for snapshot in store.catalog.state.snapshots_in(disk.log)}
+                if volume.keeper.holds.maps.keys() != frozen or (disk.held_blocks and not frozen):
                     raise Violation(f"VDI {volume.name} holds what only deleted snapshots needed")
                 dead = [segment for segment, _ in disk.dead.values()]
                 needed |= {segment_name(s.log, s.number) for s in disk.segments.values() if z in s.zones}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.sim.scenario import Scenario
 
 SNAPSHOTS_MAX = 5
+CLONES_MAX = 4
 
 
 class Snapshots:
@@ -33,6 +34,8 @@ class Snapshots:
         self.models: dict[str, DiskModel] = {}
         self._pending: dict[str, tuple[DiskModel, int]] = {}
         """Those that are being taken: model of the disk, and the last request answered before."""
+        self._clones: dict[str, tuple[DiskModel, int]] = {}
+        """Clones that are being made, likewise; of a snapshot: its model, 0."""
         self._tags = 0
 
     # -- what may be there --------------------------------------------------------------------------------------
@@ -54,6 +57,21 @@ class Snapshots:
         for name, (disk, low) in self._pending.items():
             self.models[name] = self._model(name, disk, low)
         self._pending.clear()
+        for name, (disk, low) in self._clones.items():
+            self._add_clone(name, disk, low)
+        self._clones.clear()
+
+    def _add_clone(self, name: str, source: DiskModel, low: int) -> DiskModel:
+        """A disk that may begin as a disk was behind request `low` or later, or as a snapshot."""
+        allowed = source.allowed
+        model = self._model(name, source, low)
+        if source.name in self.models:
+            model.allowed = allowed if allowed is not None else 1
+        model.write_back = model.mode in ("writeback-always", "unsafe")
+        model.durable = 0
+        self.scenario.models[name] = model
+        self.scenario.windows[name] = self.scenario.windows[source.name.partition("@")[0]]
+        return model
 
     def check_names(self, store: Store) -> None:
         """What exists must, what is gone must not; what was under way is settled now."""
@@ -103,8 +121,11 @@ class Snapshots:
             names = sorted(name for name, model in self.models.items() if model.existence == "yes")
             if names and (len(names) >= SNAPSHOTS_MAX or rng.random() < 0.3):
                 await self._delete(store, rng.choice(names))
+            elif names and rng.random() < 0.3:
+                await self._clone(store, rng.choice(names))
             elif self.scenario.open_models:
-                await self._take(store, rng.choice(sorted(self.scenario.open_models)))
+                disk = rng.choice(sorted(self.scenario.open_models))
+                await (self._take(store, disk) if rng.random() < 0.8 else self._clone(store, disk))
 
     async def _take(self, store: Store, disk_name: str) -> None:
         world, disk = self.world, self.scenario.models[disk_name]
@@ -134,7 +155,40 @@ class Snapshots:
         if self.rng.random() < 0.4:
             await self._show(store, name)
 
-    async def _delete(self, store: Store, name: str) -> None:
+    async def _clone(self, store: Store, source: str) -> None:
+        """Clone a snapshot, or a disk as it is; show the clone, and let a client use it."""
+        world, scenario = self.world, self.scenario
+        if sum(name.startswith("extra") for name in scenario.models) >= CLONES_MAX:
+            return
+        disk = self.models[source] if "@" in source else scenario.models[source]
+        self._tags += 1
+        name = f"extra-clone{self._tags}"
+        low = 0 if "@" in source else disk.flush_asked()
+        self._clones[name] = disk, low
+        world.active["snapshot"] += 1
+        world.note(f"cloning {source} to {name} behind {low}")
+        try:
+            await store.clone(source, name)
+        except (NoSpace, NotFound) as error:
+            del self._clones[name]
+            if isinstance(error, NoSpace):
+                scenario.more_space("nospace-clone")
+            return
+        finally:
+            world.active["snapshot"] -= 1
+        model = self._add_clone(name, disk, low)
+        del self._clones[name]
+        model.existence = "yes"
+        scenario.logs[name] = store.vdi(name).log
+        world.note(f"cloned {source} to {name}")
+        if self.rng.random() < 0.7:
+            await scenario.open_disk(store, model)
+            await scenario.show(model, scenario.open_models[name])
+            model.settle()
+            await scenario.use(store, model, self.rng.choice((0, 3, 12)))
+
+    async def _delete(self, store: Store, name: str) -> bool:
+        """False: clones need it."""
         model = self.models[name]
         model.existence = "maybe"
         self.world.active["snapshot"] += 1
@@ -144,13 +198,24 @@ class Snapshots:
                 break
             except NoSpace:
                 self.scenario.more_space("nospace-delete")
-            except Busy:
+            except Busy as error:
+                if "needed by" in str(error):
+                    model.existence = "yes"
+                    self.world.active["snapshot"] -= 1
+                    return False
                 await asyncio.sleep(0.01)
         self.world.active["snapshot"] -= 1
         del self.models[name]
         self.world.note(f"deleted {name}")
+        return True
 
     async def delete_all(self, store: Store) -> None:
-        """Delete every snapshot: nothing that only they needed may stay."""
-        for name in sorted(self.models):
-            await self._delete(store, name)
+        """Delete every snapshot, clones first: nothing that only they needed may stay."""
+        for name in sorted(name for name in self.scenario.models if name.startswith("extra")):
+            await self.scenario.delete_disk(store, self.scenario.models[name])
+        while self.models:
+            while store._work:  # noqa: ASYNC110 - what only a clone needed goes behind it
+                await asyncio.sleep(0.05)
+            gone = [await self._delete(store, name) for name in sorted(self.models)]
+            if not any(gone):
+                raise Violation(f"snapshots that nobody can delete: {sorted(self.models)}")

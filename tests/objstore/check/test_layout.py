@@ -63,7 +63,7 @@ def test_checkpoint() -> None:
     rows = np.frombuffer(data, TABLE_ENTRY, footer.table_count, footer.table_offset)
     assert [tuple(row) for row in rows.tolist()] == golden.SEGMENTS
     for region, _, length, offset in root.tolist():
-        entries = map_page(frame(data[offset : offset + length], OWNER, 9, region), golden.LOG).tolist()
+        entries = map_page(frame(data[offset : offset + length], OWNER, 9, region), {golden.LOG}).tolist()
         assert entries == expected_entries(region)
 
 
@@ -109,4 +109,4 @@ def test_a_header_with_any_byte_changed_is_damaged(offset: int) -> None:
 )
 def test_map_pages_that_are_none(page: bytes) -> None:
     with pytest.raises(Damaged):
-        map_page(memoryview(page), 3)
+        map_page(memoryview(page), {3})
