@@ -62,6 +62,7 @@ def vdi_details(vdi: VdiStatus) -> str:
             ("name", vdi.name),
             ("size", f"{format_size(vdi.size_bytes)} ({vdi.size_bytes} bytes)"),
             ("data", format_size(vdi.live_bytes)),
+            ("kept", f"{format_size(vdi.kept_bytes)} because of snapshots"),
             ("copies", str(vdi.copies)),
             ("mode", vdi.mode),
             ("state", vdi.state + (f": {vdi.reason}" if vdi.reason else "")),

@@ -1,4 +1,4 @@
-"""The commands for snapshots and clones."""
+"""The commands for snapshots and clones, and for what changes a VDI as a whole."""
 
 import argparse
 
@@ -53,6 +53,28 @@ def tree(admin: Admin, arguments: argparse.Namespace) -> None:
         show(roots, tree_text, as_json=arguments.json)
 
 
+def rename(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi rename`."""
+    show(admin.rename(arguments.name, arguments.new), vdi_details, as_json=arguments.json)
+
+
+def resize(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi resize`."""
+    with progress(f"resizing {arguments.name}"):
+        resized = admin.resize(arguments.name, arguments.size_bytes)
+    show(resized, vdi_details, as_json=arguments.json)
+
+
+def rollback(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi rollback`."""
+    with progress(f"going back to {arguments.name}"):
+        undo = admin.rollback(arguments.name)
+    if arguments.json:
+        print_json(undo)
+    else:
+        print(f"{undo.vdi} is as it was at {arguments.name}; what it was before is {undo.name}")
+
+
 COMMANDS = {
     "snapshot": snapshot,
     "snapshots": snapshots,
@@ -60,4 +82,7 @@ COMMANDS = {
     "unprotect": unprotect,
     "clone": clone,
     "tree": tree,
+    "rename": rename,
+    "resize": resize,
+    "rollback": rollback,
 }

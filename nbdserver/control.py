@@ -24,6 +24,8 @@ from objstore.access.api import (
     Copies,
     CreateVdi,
     ErrorReply,
+    NewName,
+    NewSize,
     Protection,
     Range,
     RecoveryRate,
@@ -81,6 +83,9 @@ class ControlledStore(VolumeSource, Protocol):
     async def clone(
         self, source: str, name: str, *, copies: int | None = None, mode: str | None = None
     ) -> VdiStatus: ...
+    async def rename(self, name: str, new: str) -> VdiStatus: ...
+    async def resize(self, name: str, size_bytes: int) -> VdiStatus: ...
+    async def rollback(self, name: str) -> SnapshotStatus: ...
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus: ...
     async def damage(self, name: str) -> VdiDamage: ...
     async def start_scrub(self) -> ScrubStatus: ...
@@ -162,6 +167,21 @@ class ControlServer:
     async def delete_vdi(self, name: str) -> None:
         """Delete a VDI and its data for good."""
         await self._store.delete_vdi(name)
+
+    @operation("PUT", "/v1/vdis/{name}/name")
+    async def rename(self, name: str, body: NewName) -> VdiStatus:
+        """Give a VDI another name; its snapshots go with it."""
+        return await self._store.rename(name, body.name)
+
+    @operation("PUT", "/v1/vdis/{name}/size")
+    async def resize(self, name: str, body: NewSize) -> VdiStatus:
+        """Make a VDI larger."""
+        return await self._store.resize(name, body.size_bytes)
+
+    @operation("POST", "/v1/snapshots/{name}/rollback")
+    async def rollback(self, name: str) -> SnapshotStatus:
+        """Make a VDI what it was at a snapshot; a snapshot of what it was just now is the answer."""
+        return await self._store.rollback(name)
 
     @operation("POST", "/v1/clones", status=201)
     async def clone(self, body: Clone) -> VdiStatus:

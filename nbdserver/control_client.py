@@ -14,6 +14,8 @@ from objstore.access.api import (
     Copies,
     CreateVdi,
     ErrorReply,
+    NewName,
+    NewSize,
     Protection,
     RecoveryRate,
     Status,
@@ -110,6 +112,15 @@ class ControlClient:
 
     def clone(self, source: str, name: str, *, copies: int | None, mode: str | None) -> VdiStatus:
         return self._ask("POST", "/v1/clones", VdiStatus, Clone(source=source, name=name, copies=copies, mode=mode))
+
+    def rename(self, name: str, new: str) -> VdiStatus:
+        return self._ask("PUT", _vdi_path(name) + "/name", VdiStatus, NewName(name=new))
+
+    def resize(self, name: str, size_bytes: int) -> VdiStatus:
+        return self._ask("PUT", _vdi_path(name) + "/size", VdiStatus, NewSize(size_bytes=size_bytes))
+
+    def rollback(self, name: str) -> SnapshotStatus:
+        return self._ask("POST", _snapshot_path(name) + "/rollback", SnapshotStatus)
 
     def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         return self._ask("PUT", _snapshot_path(name), SnapshotStatus, Protection(protected=protected))

@@ -61,6 +61,18 @@ class Clone(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     mode: str | None = None
 
 
+class NewName(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a VDI is to be called."""
+
+    name: str
+
+
+class NewSize(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How large a VDI is to be."""
+
+    size_bytes: int
+
+
 class Protection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether a snapshot is protected from deletion."""
 

@@ -141,7 +141,7 @@ class _LogCheck:
                 return False
             name = checkpoint_name(self.owner.log, self.head.checkpoint)
             self._add(Severity.FAULT, "checkpoint", f"{text}; the one before it, {self.chosen.number}, serves", name)
-        if self.chosen.header.blocks != self.vdi.blocks:
+        if self.chosen.header.blocks > self.vdi.blocks:  # it may have grown since
             text = f"is of a VDI of {self.chosen.header.blocks} blocks; the catalog says {self.vdi.blocks}"
             self._add(Severity.DAMAGE, "checkpoint", text, checkpoint_name(self.owner.log, self.chosen.number))
         if self.chosen.number == max(self.checkpoints):

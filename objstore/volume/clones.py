@@ -100,6 +100,8 @@ class CloneOperations(SnapshotOperations):
         if not entry.base:
             return ""
         base = self.catalog.state.snapshots[entry.base]
+        if base.vdi_id == entry.vdi_id:  # it was rolled back
+            return ""
         return self.catalog.state.vdis[base.vdi_id].name if base.hidden else self.snapshot_name(base)
 
     async def _drop_hidden(self, snapshot_id: int) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from objstore.errors import Corrupt, ReadOnly, StoreError
+from objstore.errors import Corrupt, ReadOnly, StoreError, Unavailable
 from objstore.format.catalog import SnapshotEntry
 from objstore.log.blockmap import BlockMap
 from objstore.log.checkpoint import CheckpointZones, find_checkpoint
@@ -127,6 +127,9 @@ async def snapshot_root(env: Env, disk: Disk, name: str, entry: SnapshotEntry) -
     zones = disk.checkpoint_zones
     assert isinstance(zones, CheckpointZones)
     loaded = await find_checkpoint(env, entry.log, entry.checkpoint, zones)
+    out = [repr(env.zones[z]) for z in zones(entry.checkpoint) if z not in env.in_service]
+    if loaded is None and out:
+        raise Unavailable(f"the map of snapshot {name} is on zones that are out of reach: {', '.join(out)}")
     if loaded is None:
         raise Corrupt(f"the map of snapshot {name} can't be read from any zone log={entry.log}")
     gone = [n for n in live_numbers(loaded.table).tolist() if n not in disk.segments]

@@ -48,6 +48,8 @@ class OpenVdis:
         self._unused: dict[int, asyncio.Future[None]] = {}
         self._change = asyncio.Lock()
         """Held while a change of the catalog that others could contradict is looked at and committed."""
+        self._changing: dict[int, asyncio.Future[None]] = {}
+        """VDIs that are just given another log, until that is done."""
         self._parents: dict[int, AsyncExitStack] = {}
         """By vdi id of an open clone: what keeps the VDI open that it is a clone of."""
         self._frozen: dict[int, FrozenVolume] = {}
@@ -63,7 +65,11 @@ class OpenVdis:
             volume = await self._open_frozen(self.find_snapshot(name))
             volume.attached += 1
             return volume
-        vdi = await self._vdi(self._entry(name))
+        while True:
+            entry = self._entry(name)
+            vdi = await self._vdi(entry)
+            if self._open.get(entry.vdi_id) is vdi:  # else it was closed, or rolled back, in the same moment
+                break
         vdi.attached += 1
         self._open_preallocated()
         return vdi
@@ -170,12 +176,12 @@ class OpenVdis:
             raise NotFound(f"VDI {entry.name!r} is being deleted")
         was_open = entry.vdi_id in self._open or entry.vdi_id in self._opening
         vdi = await self._vdi(entry)
-        with self.holding(entry.log) as held:
+        with self.holding(vdi.disk.log) as held:
             if held is None:
                 raise NotFound(f"VDI {entry.name!r} is being deleted")
             yield vdi
-        if not (was_open or vdi.attached or vdi.users or vdi.prealloc or self._stopping or self.leaving(entry.vdi_id)):
-            task = self._closing[entry.vdi_id] = self.env.loop.create_task(self._close_vdi(vdi))
+        if not (was_open or vdi.attached or vdi.users or vdi.prealloc or self._stopping or self.leaving(vdi.vdi_id)):
+            task = self._closing[vdi.vdi_id] = self.env.loop.create_task(self._close_vdi(vdi))
             await asyncio.shield(task)
 
     @contextmanager
@@ -191,7 +197,7 @@ class OpenVdis:
         finally:
             vdi.users -= 1
             waiter = self._unused.get(log_number)
-            if not vdi.users and waiter is not None and not waiter.done():
+            if waiter is not None and not waiter.done():
                 waiter.set_result(None)
 
     def leaving(self, vdi_id: int) -> bool:
@@ -225,14 +231,19 @@ class OpenVdis:
         self.env.page_zones.pop(vdi.disk.log, None)
 
     async def _vdi(self, entry: VdiEntry) -> Vdi:
-        while entry.vdi_id in self._closing:
-            await asyncio.wait([self._closing[entry.vdi_id]])
-        vdi = self._open.get(entry.vdi_id)
+        vdi_id = entry.vdi_id
+        while (over := self._changing.get(vdi_id) or self._closing.get(vdi_id)) is not None:
+            await asyncio.wait([over])
+        # Whoever asks may have looked at the catalog a while ago; the VDI may have another log since.
+        now = self.catalog.state.vdis.get(vdi_id)
+        if now is None:
+            raise NotFound(f"VDI {entry.name!r} was deleted")
+        vdi = self._open.get(vdi_id)
         if vdi is not None:
             return vdi
-        task = self._opening.get(entry.vdi_id)
+        task = self._opening.get(vdi_id)
         if task is None:
-            task = self._begin_opening(entry)
+            task = self._begin_opening(now)
         return await asyncio.shield(task)
 
     async def _open_vdi(self, entry: VdiEntry) -> Vdi:

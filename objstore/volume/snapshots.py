@@ -183,38 +183,88 @@ class SnapshotOperations(OpenVdis):
             while True:
                 async with self._change:
                     entry = find()
-                    self._check_unused(entry, name)
-                    owner = state.vdis[state.owners[entry.log]]
-                    gone = [state.vdis[vdi] for vdi in {entry.vdi_id, owner.vdi_id} if self._needless(vdi, entry)]
-                    closing.update(vdi.vdi_id for vdi in gone)
+                    vdis, snapshots = self._left_over(set(), {entry.snapshot_id})
+                    self._check_unused(entry, name, vdis)
+                    if any(clone.vdi_id not in vdis for clone in state.clones_of(entry.snapshot_id)):
+                        # Only the VDI itself shares something with it, or what nobody sees: it is gone for all to see.
+                        unseen = msgspec.structs.replace(entry, hidden=True, protected=False, tag="", index=0)
+                        await self.catalog.commit(unseen)
+                        return
+                    removal = Removal(self, vdis, snapshots)
+                    closing.update(vdis)
                     self._deleting |= closing
-                    if all(self._is_idle(vdi) for vdi in gone):
-                        deletions: list[Entry] = [DeleteEntry(vdi_id=vdi.vdi_id) for vdi in gone]
-                        ours = SnapshotDeleteEntry(snapshot_id=entry.snapshot_id)
-                        await self.catalog.commit(ours, *deletions)
+                    if all(self._is_idle(vdi, removal.vdis) for vdi in removal.vdis):
+                        await self.catalog.commit(*removal.entries)
                         break
-                await self._until_idle(gone)
+                await self._until_idle(removal.vdis)
         finally:
             self._deleting -= closing
-        open_owner = self._open.get(owner.vdi_id)
-        for each in gone:
-            self._begin(self._gone(each))
-        if owner not in gone:
-            if open_owner is not None:
-                open_owner.keeper.end_snapshot(entry.checkpoint)
-            self._begin(self._give_back(owner))
+        self._removed(removal)
 
-    def _check_unused(self, entry: SnapshotEntry, name: str) -> None:
+    def _left_over(self, vdis: set[int], snapshots: set[int]) -> tuple[set[int], set[int]]:
+        """What nothing needs any more once these VDIs and snapshots are gone, they included: hidden VDIs without
+        snapshots, and hidden snapshots without clones but those."""
+        state = self.catalog.state
+        found = True
+        while found:
+            found = False
+            for vdi in state.vdis.values():
+                if vdi.hidden and vdi.vdi_id not in vdis and not self._needed(vdi, vdis, snapshots):
+                    vdis.add(vdi.vdi_id)
+                    found = True
+            for snapshot in state.snapshots.values():
+                if snapshot.snapshot_id not in snapshots and self._is_for(snapshot, vdis):
+                    snapshots.add(snapshot.snapshot_id)
+                    found = True
+        return vdis, snapshots
+
+    def _needed(self, vdi: VdiEntry, vdis: Collection[int] = (), snapshots: Collection[int] = ()) -> bool:
+        """Whether anything needs a deleted VDI, once those VDIs and snapshots are gone: a snapshot of it or in its log,
+        unless it is there for that VDI alone."""
+        return any(
+            (s.log == vdi.log or s.vdi_id == vdi.vdi_id) and not self._is_for(s, {*vdis, vdi.vdi_id})
+            for s in self.catalog.state.snapshots.values()
+            if s.snapshot_id not in snapshots
+        )
+
+    def _is_for(self, snapshot: SnapshotEntry, vdis: Collection[int]) -> bool:
+        """Whether nobody sees the snapshot and it has no clones but these VDIs."""
+        clones = self.catalog.state.clones_of(snapshot.snapshot_id) if snapshot.hidden else []
+        return bool(clones) and all(clone.vdi_id in vdis for clone in clones)
+
+    def _removed(self, removal: "Removal") -> None:
+        """The deletion of VDIs and snapshots is committed: see to what is left of them."""
+        for owner, checkpoint in removal.freed:
+            open_owner = self._open.get(owner.vdi_id)
+            if open_owner is not None:
+                open_owner.keeper.end_snapshot(checkpoint)
+            self._begin(self._give_back(owner))
+        self._begin(self._all_gone(removal.vdis))
+
+    async def _all_gone(self, vdis: Collection[VdiEntry]) -> None:
+        for vdi in vdis:
+            await self._gone(vdi)
+
+    def _check_unused(self, entry: SnapshotEntry, name: str, going: Collection[int]) -> None:
+        """going: VDIs that go with it."""
         state = self.catalog.state
         key = entry.snapshot_id
         if entry.protected:
             raise Busy(f"snapshot {name} is protected")
         if key in self._frozen or key in self._freezing:
             raise Busy(f"snapshot {name} is attached")
-        clones = state.clones_of(key)
+        clones = [
+            clone
+            for clone in state.clones_of(key)
+            if clone.vdi_id not in {entry.vdi_id, *going} and not self._unseen(clone)
+        ]
         if clones:
             names = ", ".join(sorted(self._described(clone) for clone in clones))
             raise Busy(f"snapshot {name} is needed by {names}")
+
+    def _unseen(self, vdi: VdiEntry) -> bool:
+        """Whether nobody sees anything of a VDI: it is there for what others share with it."""
+        return vdi.hidden and all(snapshot.hidden for snapshot in self.catalog.state.snapshots_in(vdi.log))
 
     def _described(self, clone: VdiEntry) -> str:
         """A clone for people: what of it is left if it was deleted."""
@@ -222,29 +272,27 @@ class SnapshotOperations(OpenVdis):
             return clone.name
         return ", ".join(self.snapshot_name(s) for s in self.catalog.state.snapshots_in(clone.log)) or clone.name
 
-    def _is_idle(self, entry: VdiEntry) -> bool:
-        """Whether nothing of the store's own uses a VDI or brings it up or down."""
+    def _is_idle(self, entry: VdiEntry, going: Collection[VdiEntry]) -> bool:
+        """Whether nothing of the store's own uses a VDI, but clones that go as well, or brings it up or down."""
         vdi = self._open.get(entry.vdi_id)
         under_way = entry.vdi_id in self._opening or entry.vdi_id in self._closing
-        return not under_way and (vdi is None or not vdi.users)
+        return not under_way and (vdi is None or vdi.users <= self._held_by(entry, going))
+
+    def _held_by(self, entry: VdiEntry, clones: Collection[VdiEntry]) -> int:
+        """How many of these clones are open and keep that VDI open."""
+        state = self.catalog.state
+        return sum(c.vdi_id in self._parents and state.snapshots[c.base].log == entry.log for c in clones if c.base)
 
     async def _until_idle(self, entries: Collection[VdiEntry]) -> None:
         """Wait until that may be true of all of them; who comes later is refused, since they are in `_deleting`."""
         for entry in entries:
-            while not self._is_idle(entry):
+            while not self._is_idle(entry, entries):
                 under_way = self._opening.get(entry.vdi_id) or self._closing.get(entry.vdi_id)
                 if under_way is not None:
                     await asyncio.wait([under_way])
                 else:
                     await self._unused.setdefault(entry.log, self.env.loop.create_future())
                     self._unused.pop(entry.log, None)
-
-    def _needless(self, vdi_id: int, without: SnapshotEntry | None = None) -> bool:
-        """Whether a VDI was deleted and nothing needs it any more, once that snapshot is gone too."""
-        state = self.catalog.state
-        vdi = state.vdis[vdi_id]
-        left = [s for s in state.snapshots.values() if s is not without and (s.log == vdi.log or s.vdi_id == vdi_id)]
-        return vdi.hidden and not left
 
     async def _gone(self, entry: VdiEntry) -> None:
         """A VDI's deletion was committed: see to what is left of it."""
@@ -278,3 +326,18 @@ class SnapshotOperations(OpenVdis):
         for entry in self.catalog.state.vdis.values():
             if entry.hidden and not entry.emptied:
                 self._begin(self._empty(entry))
+
+
+class Removal:
+    """VDIs and snapshots that go in one catalog record. freed: VDIs that stay, with the numbers of the checkpoints in
+    their logs that snapshots needed."""
+
+    def __init__(self, store: OpenVdis, vdis: Collection[int], snapshots: Collection[int]) -> None:
+        state = store.catalog.state
+        # Clones first: their logs have higher numbers.
+        self.vdis = sorted((state.vdis[vdi] for vdi in vdis), key=lambda vdi: -vdi.log)
+        gone = [state.snapshots[snapshot] for snapshot in sorted(snapshots)]
+        self.entries: list[Entry] = [SnapshotDeleteEntry(snapshot_id=snapshot.snapshot_id) for snapshot in gone]
+        self.entries += [DeleteEntry(vdi_id=vdi.vdi_id) for vdi in self.vdis]
+        owners = ((state.vdis[state.owners[snapshot.log]], snapshot.checkpoint) for snapshot in gone)
+        self.freed = [(owner, checkpoint) for owner, checkpoint in owners if owner.vdi_id not in vdis]

@@ -23,7 +23,8 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     reason: str
     """Why it failed; empty otherwise."""
     live_bytes: int
-    """Bytes of the VDI that hold data (holes and reserved zeros don't count), one copy."""
+    """Bytes of the VDI that hold data (holes and reserved zeros don't count), one copy; of a clone, or of a VDI that
+    was rolled back, those written since. 0 while it is closed."""
     dirty_bytes: int
     """Acknowledged and not yet durable."""
     last_flush: float | None
@@ -32,6 +33,9 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Number of its log, never used again by another VDI."""
     parent: str = ""
     """The snapshot that it is a clone of, or the VDI if it was cloned as it was; empty otherwise."""
+    kept_bytes: int = 0
+    """Bytes of files that stay because of its snapshots, one copy; what the VDI itself still has of them is among them.
+    0 while it is closed."""
     damaged_bytes: int = 0
     """Bytes that no zone has whole, as far as reads and scrubs have found; `vdi damage` says which."""
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -23,7 +24,7 @@ from objstore.errors import (
     StoreError,
     Unavailable,
 )
-from objstore.format.catalog import DeleteEntry, PurgedEntry, StopEntry, VdiEntry
+from objstore.format.catalog import PurgedEntry, StopEntry, VdiEntry
 from objstore.format.document import Epoch
 from objstore.log.checkpoint import checkpoint_folder
 from objstore.log.segment import log_folder
@@ -34,7 +35,8 @@ from objstore.replica.zone import Executor, ThreadExecutor, run, run_long
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
-from objstore.volume.clones import COPIES_DEFAULT_MAX, CloneOperations
+from objstore.volume.changes import ChangeOperations
+from objstore.volume.clones import COPIES_DEFAULT_MAX
 from objstore.volume.directories import make_directories, other_zones
 from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
@@ -42,6 +44,7 @@ from objstore.volume.opening import min_copies, purge_log
 from objstore.volume.recovery import Recovery
 from objstore.volume.scrub import Scrub
 from objstore.volume.settings import MODES, StoreSettings, check_mode
+from objstore.volume.snapshots import Removal
 from objstore.volume.starting import Started, start_store
 from objstore.volume.status import (
     DamagedRange,
@@ -64,7 +67,7 @@ BALLAST_BYTES: Final = 32 << 20
 when other programs have filled the file system to the last byte."""
 
 
-class Store(CloneOperations):
+class Store(ChangeOperations):
     """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:
@@ -169,22 +172,28 @@ class Store(CloneOperations):
 
     async def _delete(self, entry: VdiEntry) -> None:
         state = self.catalog.state
-        hidden: VdiEntry | None = None
+        closing = {entry.vdi_id}
+        removal: Removal | None = None
         try:
             while True:
                 async with self._change:
-                    if state.snapshots_in(entry.log) or state.snapshots_of(entry.vdi_id):
-                        hidden = msgspec.structs.replace(state.vdis[entry.vdi_id], hidden=True, prealloc=False)
+                    now = state.vdis[entry.vdi_id]
+                    if self._needed(now):
+                        hidden = msgspec.structs.replace(now, hidden=True, prealloc=False)
                         await self.catalog.commit(hidden)
                         break
-                    if self._is_idle(entry):
-                        await self.catalog.commit(DeleteEntry(vdi_id=entry.vdi_id))
+                    removal = Removal(self, *self._left_over({entry.vdi_id}, set()))
+                    closing.update(vdi.vdi_id for vdi in removal.vdis)
+                    self._deleting |= closing
+                    if all(self._is_idle(vdi, removal.vdis) for vdi in removal.vdis):
+                        await self.catalog.commit(*removal.entries)
                         break
-                await self._until_idle([entry])
+                await self._until_idle(removal.vdis)
+                removal = None
         finally:
-            self._deleting.discard(entry.vdi_id)
-        if hidden is None:
-            await self._gone(entry)
+            self._deleting -= closing
+        if removal is not None:
+            self._removed(removal)
             return
         vdi = self._open.get(entry.vdi_id)
         if vdi is not None:
@@ -199,8 +208,6 @@ class Store(CloneOperations):
             await vdi.abandon(NotFound(f"VDI {entry.name!r} was deleted"))
             self._forget_segments(vdi)
             await self._leave_parent(entry.vdi_id)
-        if entry.base:
-            self._begin(self._drop_hidden(entry.base))
         self._purge(entry.log)
 
     def _purge(self, number: int) -> None:
@@ -258,6 +265,7 @@ class Store(CloneOperations):
             last_flush=vdi.last_flush if vdi is not None else None,
             log=entry.log,
             parent=self._parent_name(entry),
+            kept_bytes=vdi.disk.held_blocks << BLOCK_SHIFT if vdi is not None else 0,
             damaged_bytes=self._damaged_bytes(entry.log, vdi),
         )
 

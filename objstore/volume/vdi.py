@@ -79,6 +79,11 @@ class Vdi(Reading):
         if any(not segment.live and not segment.held for segment in disk.segments.values()):
             self.collector.poke()  # nobody else will before something is written
 
+    def grow(self, size_bytes: int) -> None:
+        """It is so large from now on. What is new was never written, and the rest of the last block is zeros."""
+        self.size_bytes = size_bytes
+        self.disk.blocks = -(-size_bytes // BLOCK_BYTES)
+
     async def set_copies(self, copies: int, min_copies: int) -> None:
         """Segments made from now on have so many copies. What is open with another number is sealed first, before
         anything is measured by the new least number."""

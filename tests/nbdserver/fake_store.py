@@ -192,6 +192,18 @@ class FakeStore:
         self._vdis[name] = msgspec.structs.replace(made, parent=source, mode=mode or made.mode)
         return self._vdis[name]
 
+    async def rename(self, name: str, new: str) -> VdiStatus:
+        self._vdis[new] = msgspec.structs.replace(self.vdi(name), name=new)
+        del self._vdis[name]
+        return self._vdis[new]
+
+    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+        self._vdis[name] = msgspec.structs.replace(self.vdi(name), size_bytes=size_bytes)
+        return self._vdis[name]
+
+    async def rollback(self, name: str) -> SnapshotStatus:
+        return (await self.create_snapshot(self.snapshot(name).vdi)).snapshot
+
     async def delete_snapshot(self, name: str) -> None:
         if self.snapshot(name).protected:
             raise Busy(f"protected: snapshot={name}")

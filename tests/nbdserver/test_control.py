@@ -116,6 +116,11 @@ async def test_snapshots(path: Path, store: FakeStore) -> None:
     assert await ask(path, lambda c: c.snapshots(None)) == await ask(path, lambda c: c.snapshots("a b"))
     made = await ask(path, lambda c: c.clone("a b@t%", "new", copies=2, mode="unsafe"))
     assert (made.name, made.parent, made.copies, made.mode) == ("new", "a b@t%", 2, "unsafe")
+    assert (await ask(path, lambda c: c.rename("new", "n e w"))).name == "n e w"
+    assert (await ask(path, lambda c: c.resize("n e w", 5))).size_bytes == 5
+    undo = await ask(path, lambda c: c.rollback("a b@t%"))
+    assert undo.name == "a b@2"
+    await ask(path, lambda c: c.delete_snapshot("a b@2"))
     with pytest.raises(errors.NotFound, match="vdi=b"):
         await ask(path, lambda c: c.snapshots("b"))
     with pytest.raises(errors.Busy, match="snapshot=a b@t%"):

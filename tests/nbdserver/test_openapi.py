@@ -30,6 +30,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "list_snapshots_of": {"name": "disk"},
     "create_snapshot": {"name": "disk", "body": {"tag": "new", "skip_unchanged": False}},
     "clone": {"body": {"source": "disk", "name": "copy", "copies": 1}},
+    "rename": {"name": "spare", "body": {"name": "other"}},
+    "resize": {"name": "disk", "body": {"size_bytes": 8 * MIB}},
+    "rollback": {"name": "third@old"},
     "get_snapshot": {"name": "disk@old"},
     "protect_snapshot": {"name": "disk@old", "body": {"protected": False}},
     "delete_snapshot": {"name": "disk@old"},
@@ -66,6 +69,9 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
         return 1
 
     await store.jobs.start("allocate", "disk", 0, 1 << 40, slow)
+    for name in ("spare", "third"):
+        await store.create_vdi(name, MIB)
+    await store.create_snapshot("third", "old")
     await store.create_snapshot("disk", "old")
     yield store
     await store.shutdown()

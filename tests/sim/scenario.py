@@ -62,6 +62,7 @@ CALLS_EXPECTED: Final = {
     "create": 60,
     "delete": 60,
     "snapshot": 60,
+    "rollback": 100,
     "shutdown": 250,
 }
 """About as many system calls a phase has: crash points are drawn up to there."""
@@ -309,6 +310,7 @@ class Scenario:
         await self._check_names(store)
         self.snapshots.check_names(store)
         world.phase = "recovery"
+        await self._until_stopped(functools.partial(self.snapshots.roll_back, store))
         for name in sorted(self.models):
             if name.startswith("extra") and not last and self.rng.random() < 0.3:
                 await self.delete_disk(store, self.models[name])
@@ -630,7 +632,7 @@ class Scenario:
             found = {name for name in found if not name.startswith("log/000000/")}
             wanted: set[str] = set()
             needed: set[str] = set()
-            for volume in self.open_models.values():
+            for volume in store.open_vdis():
                 disk = volume.disk
                 frozen = {snapshot.checkpoint for snapshot in store.catalog.state.snapshots_in(disk.log)}
                 if volume.keeper.holds.maps.keys() != frozen or (disk.held_blocks and not frozen):

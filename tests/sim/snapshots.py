@@ -36,6 +36,8 @@ class Snapshots:
         """Those that are being taken: model of the disk, and the last request answered before."""
         self._clones: dict[str, tuple[DiskModel, int]] = {}
         """Clones that are being made, likewise; of a snapshot: its model, 0."""
+        self._rollback: tuple[str, str, int] | None = None
+        """One that is under way: disk, snapshot, the disk's log before."""
         self._tags = 0
 
     # -- what may be there --------------------------------------------------------------------------------------
@@ -76,6 +78,12 @@ class Snapshots:
     def check_names(self, store: Store) -> None:
         """What exists must, what is gone must not; what was under way is settled now."""
         names = {snapshot.name for snapshot in store.snapshots()}
+        if self._rollback is not None:
+            disk, snapshot, log = self._rollback
+            if store.vdi(disk).log != log:
+                (undo,) = names - self.models.keys()
+                self._rolled_back(disk, snapshot, undo)
+            self._rollback = None
         for name, model in list(self.models.items()):
             if model.existence == "yes" and name not in names:
                 raise Violation(f"snapshot {name} is gone")
@@ -87,6 +95,51 @@ class Snapshots:
             model.existence = "yes"
         if unknown := names - self.models.keys():
             raise Violation(f"snapshots nobody took: {sorted(unknown)}")
+
+    # -- rolling back -------------------------------------------------------------------------------------------
+
+    async def roll_back(self, store: Store) -> None:
+        """Before anybody opens a disk: take one of them back to a snapshot of it."""
+        scenario = self.scenario
+        known = [
+            name
+            for name, model in sorted(self.models.items())
+            if model.existence == "yes"
+            and model.allowed is None
+            and (disk := scenario.models.get(name.partition("@")[0])) is not None
+            and disk.existence == "yes"
+            and store.snapshot(name).vdi_deleted is False
+        ]
+        if not known or self.rng.random() > 0.3:
+            return
+        name = self.rng.choice(known)
+        disk = name.partition("@")[0]
+        self._rollback = disk, name, store.vdi(disk).log
+        self.world.active["rollback"] += 1
+        while True:
+            try:
+                undo = await store.rollback(name)
+                break
+            except NoSpace:
+                scenario.more_space("nospace-rollback")
+        self.world.active["rollback"] -= 1
+        self._rollback = None
+        self._rolled_back(disk, name, undo.name)
+        scenario.logs[disk] = store.vdi(disk).log
+        self.world.note(f"rolled back to {name}, before: {undo.name}")
+
+    def _rolled_back(self, disk_name: str, name: str, undo_name: str) -> None:
+        disk = self.scenario.models[disk_name]
+        if disk.allowed is None:
+            disk.crashed()
+        allowed = disk.allowed
+        undo = self.models[undo_name] = self._model(undo_name, disk, 0)
+        undo.existence, undo.allowed = "yes", allowed
+        disk.base = dict(self.models[name].base)
+        disk.versions.clear()
+        disk.history.clear()
+        disk.durable = 0
+        disk.allowed = 1
 
     async def verify(self, store: Store, share: float = 1.0) -> None:
         """Show some snapshots whole."""

@@ -25,6 +25,7 @@ PHASES: Final = (
     "create",
     "delete",
     "snapshot",
+    "rollback",
     "shutdown",
 )
 ZONE_PHASES: Final = ("zones", "copying")

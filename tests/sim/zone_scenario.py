@@ -366,7 +366,7 @@ class ZoneScenario(Scenario):
         found = {name for name in found if not name.startswith(("log/000000/", "checkpoint/000000/"))}
         wanted: set[str] = set()
         needed: set[str] = set()
-        for volume in self.open_models.values():
+        for volume in store.open_vdis():
             disk = volume.disk
             dead = [segment for segment, _ in disk.dead.values()]
             needed |= {s.name for s in disk.segments.values() if z in s.zones}

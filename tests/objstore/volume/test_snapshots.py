@@ -403,6 +403,7 @@ async def test_collection_leaves_what_snapshots_need(world: World) -> None:
     assert vdi.disk.loose_blocks * BLOCK_BYTES < 4 * vdi.size_bytes
     assert await whole(world, "disk") == model
     held = vdi.disk.held_blocks
+    assert store_of(world).vdi("disk").kept_bytes == held * BLOCK_BYTES
     assert held == sum(segment.blocks for segment in vdi.disk.segments.values() if segment.held)
     assert vdi.disk.held_live == sum(segment.live for segment in vdi.disk.segments.values() if segment.held)
     assert vdi.disk.live_total == sum(segment.live for segment in vdi.disk.segments.values())

@@ -1,0 +1,136 @@
+"""What a VDI's life has besides being made, cloned and deleted: another name, more room, a way back to a snapshot.
+
+Each is one catalog record, so after a crash it has happened or not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from msgspec.structs import replace
+
+from objstore.errors import Busy, Exists, InvalidRequest, NotFound
+from objstore.format.catalog import SnapshotEntry, VdiEntry
+from objstore.names import check_name
+from objstore.units import VDI_BYTES_MAX, format_size
+from objstore.volume.clones import CloneOperations
+from objstore.volume.status import SnapshotStatus, VdiStatus
+
+
+class ChangeOperations(CloneOperations):
+    """What a store does with VDIs that exist. Touched by the event loop only."""
+
+    # -- renaming -----------------------------------------------------------------------------------------------
+
+    async def rename(self, name: str, new: str) -> VdiStatus:
+        """Give a VDI, attached or not, another name; its snapshots and attributes go with it. Who is attached stays so.
+        NotFound; Exists: a VDI, or a snapshot that a deleted one left, has that name; InvalidRequest."""
+        check_name(new)
+        entry = self._entry(name)
+        self._check_name_free(new)
+        self._creating.add(new)
+        try:
+            await self._own(self._rename(entry.vdi_id, new))
+        finally:
+            self._creating.discard(new)
+        return self.vdi(new)
+
+    async def _rename(self, vdi_id: int, new: str) -> None:
+        state = self.catalog.state
+        async with self._change:
+            entry = self._entry_of(vdi_id)
+            ours = [s for s in state.snapshots_of(vdi_id) if not s.hidden]
+            for other in state.snapshots_named(new):
+                if any(other.index == s.index or (s.tag and s.tag == other.tag) for s in ours):
+                    raise Exists(f"a deleted VDI has left a snapshot {self.snapshot_name(other)}")
+            await self.catalog.commit(replace(entry, name=new))
+        vdi = self._open.get(vdi_id)
+        if vdi is not None:
+            vdi.name = new
+
+    # -- resizing -----------------------------------------------------------------------------------------------
+
+    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+        """Make a VDI, attached or not, larger; what is new reads as zeros. Who is attached sees it when it connects
+        again. NotFound; InvalidRequest: smaller, or larger than possible; NoSpace: a preallocated one has no room."""
+        entry = self._entry(name)
+        await self._own(self._resize(entry.vdi_id, size_bytes))
+        return self.vdi(name)
+
+    async def _resize(self, vdi_id: int, size_bytes: int) -> None:
+        async with self.using(self._entry_of(vdi_id)) as vdi:
+            async with self._change:
+                entry = self._entry_of(vdi_id)
+                if size_bytes < entry.size_bytes:
+                    raise InvalidRequest(
+                        f"VDI {entry.name!r} has {format_size(entry.size_bytes)}; making it smaller is not possible"
+                    )
+                if size_bytes > VDI_BYTES_MAX:
+                    raise InvalidRequest(f"size {size_bytes} is impossible: at most {format_size(VDI_BYTES_MAX)}")
+                if entry.prealloc:
+                    await self._check_prealloc(size_bytes - entry.size_bytes)
+                await self.catalog.commit(replace(entry, size_bytes=size_bytes))
+                vdi.grow(size_bytes)
+            if entry.prealloc and size_bytes > entry.size_bytes:
+                await vdi.zero(entry.size_bytes, size_bytes - entry.size_bytes, no_hole=True, fua=True)
+
+    # -- rolling back -------------------------------------------------------------------------------------------
+
+    async def rollback(self, name: str) -> SnapshotStatus:
+        """Make a VDI what it was at its snapshot NAME@TAG or NAME@INDEX; the answer is a new snapshot of what it was
+        just now, to go back to. NotFound: it is no snapshot, or its VDI was deleted; Busy: the VDI is attached;
+        NoSpace; Unavailable."""
+        snapshot = self.find_snapshot(name)
+        self._check_detached(self._entry_of(snapshot.vdi_id))
+        undo = await self._own(self._rollback(snapshot.snapshot_id, snapshot.vdi_id))
+        return self._snapshot_status(undo)
+
+    def _check_detached(self, entry: VdiEntry) -> None:
+        vdi = self._open.get(entry.vdi_id)
+        if vdi is not None and vdi.attached:
+            raise Busy(f"VDI {entry.name!r} is attached by {vdi.attached} connections")
+
+    async def _rollback(self, snapshot_id: int, vdi_id: int) -> SnapshotEntry:
+        """A clone of the snapshot takes the VDI's place; what was there stays as a VDI that is deleted and has the
+        snapshot to go back to."""
+        state = self.catalog.state
+        undo = await self._take(self._entry_of(vdi_id), hidden=True)
+        try:
+            async with self._change:
+                entry = self._entry_of(vdi_id)
+                self._check_detached(entry)
+                target = state.snapshots.get(snapshot_id)
+                if target is None or target.vdi_id != vdi_id or target.hidden:
+                    raise NotFound("the snapshot was deleted")
+                if undo.log != entry.log or vdi_id in self._opening or vdi_id in self._closing:
+                    raise Busy(f"VDI {entry.name!r} is in use")
+                former = replace(entry, vdi_id=state.next_vdi, hidden=True, prealloc=False)
+                index = max((s.index for s in state.snapshots_named(entry.name)), default=0) + 1
+                shown = replace(state.snapshots[undo.snapshot_id], hidden=False, index=index)
+                begun = replace(entry, log=state.next_log, base=target.snapshot_id, size_bytes=target.size_bytes)
+                with self._changing_place(former.vdi_id, begun):
+                    await self.catalog.commit(begun, former, shown)
+        except BaseException:
+            self._begin(self._drop_hidden(undo.snapshot_id))
+            raise
+        self._begin(self._empty(former))
+        return shown
+
+    @contextmanager
+    def _changing_place(self, former_id: int, begun: VdiEntry) -> Iterator[None]:
+        """Nobody opens the VDI meanwhile; if the catalog says at the end that its log is another one, what is open
+        belongs to the VDI that keeps the former log."""
+        vdi_id = begun.vdi_id
+        over = self._changing[vdi_id] = self.env.loop.create_future()
+        try:
+            yield
+        finally:
+            if self.catalog.state.vdis[vdi_id].log == begun.log:
+                vdi = self._open.pop(vdi_id, None)
+                if vdi is not None:
+                    vdi.vdi_id, vdi.prealloc = former_id, False
+                    self._open[former_id] = vdi
+                if vdi_id in self._parents:
+                    self._parents[former_id] = self._parents.pop(vdi_id)
+                self._failed.pop(vdi_id, None)
+            del self._changing[vdi_id]
+            over.set_result(None)

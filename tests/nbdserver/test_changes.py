@@ -1,0 +1,57 @@
+"""Renaming, growing and rolling back from the outside."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdserver.cli import main
+from objstore.units import MIB
+from tests.nbdserver.test_service import fails, runtime, serving, sheepfold, zones
+from tests.support.nbd_client import attached
+
+__all__ = ["runtime", "zones"]
+
+A, B = b"a" * 65536, b"b" * 65536
+
+
+async def test_changes_of_a_disk_that_is_in_use(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def ask(*arguments: str) -> Any:
+        return await asyncio.to_thread(sheepfold, capsys, "vdi", *arguments, "--zone", zones[0])
+
+    async def refused(*arguments: str) -> tuple[int, str]:
+        return await asyncio.to_thread(fails, capsys, "vdi", *arguments, "--zone", zones[0])
+
+    with serving(tmp_path, zones, "--vdi", "disk:16M") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            assert client.size_bytes == 16 * MIB
+            await client.write(0, A)
+            await ask("snapshot", "disk", "s")
+            await client.write(0, B)
+            assert (await ask("resize", "disk", "32M"))["size_bytes"] == 32 * MIB
+            assert (await ask("rename", "disk", "new"))["attached"] == 1
+            await client.write(4096, A[:4096])
+            await client.flush()
+            async with attached(server.address, "new") as second:
+                assert second.size_bytes == 32 * MIB
+                assert await second.read(0, 12288) == B[:4096] + A[:4096] + B[:4096]
+                assert await second.read(16 * MIB, 65536) == bytes(65536)
+            assert (await refused("rollback", "new@s"))[0] == 5
+        for _ in range(100):
+            if not (await ask("info", "new"))["attached"]:
+                break
+            await asyncio.sleep(0.05)
+        assert (await ask("rollback", "new@s"))["name"] == "new@2"
+        async with attached(server.address, "new") as client:
+            assert client.size_bytes == 16 * MIB
+            assert await client.read(0, len(A)) == A
+        assert (await refused("rollback", "new@t"))[0] == 3
+        assert (await refused("resize", "new", "1M"))[0] == 2
+        assert server.stop() == (0, "")
+    assert await asyncio.to_thread(main, ["vdi", "rollback", "new@2", "--zone", zones[0]]) == 0
+    assert "what it was before is new@3" in capsys.readouterr().out
+    assert (await ask("info", "new"))["size_bytes"] == 32 * MIB
