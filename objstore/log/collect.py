@@ -193,7 +193,8 @@ class Collector:
             except StoreError as error:
                 log.warning("segments could not be sealed log=%d: %s", self.disk.log, error)
             self._judge()
-            if not self._wake.is_set() and (self.keeper.gave_up or not self.disk.dead):
+            keeper = self.keeper
+            if not self._wake.is_set() and (keeper.gave_up or keeper.waits_for_zones or not self.disk.dead):
                 self._let_go()  # nothing under way will free space: the zones' own limit stops clients now
             self._end_round()
             if not self._quiet():

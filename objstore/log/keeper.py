@@ -246,9 +246,16 @@ class Keeper:
         if self.disk.dead:
             self._force()
 
-    def _force(self) -> None:
+    @property
+    def waits_for_zones(self) -> bool:
+        """The last checkpoint failed because zones are missing: another one now would too. One is tried in a while."""
+        return self._again_timer is not None
+
+    def _force(self, *, try_anyway: bool = False) -> None:
         disk = self.disk
         if self._task is not None or self._closed or disk.writer.error is not None:
+            return
+        if self.waits_for_zones and not try_anyway:
             return
         self.wanted = True
         if disk.between_parts:
@@ -281,7 +288,7 @@ class Keeper:
             if self._closed:
                 raise Stopping(f"the log is being closed log={self.disk.log}")
             moved = writer.takeovers
-            self._force()
+            self._force(try_anyway=True)
             if self._task is None:
                 await self._whole()
                 continue

@@ -309,8 +309,14 @@ class ZoneScenario(Scenario):
         """Every zone comes back, every copy is where it should be."""
         end = self.world_now() + REST_SECONDS
         while True:
+            taken = {member.path for member in store.epoch.members}
             for zone in store.epoch.out:
-                if zone.number not in store.zones._leaving and not self.world.files(zone_of(zone.path)):
+                if zone.number in store.zones._leaving:
+                    continue
+                if zone.path in taken:  # replaced before the last restart, which forgot that this one was to go
+                    await store.wait_for_recovery()
+                    await store.zones.remove(str(zone.number), force=False)
+                elif not self.world.files(zone_of(zone.path)):
                     # A new disk where the old one was: a zone of its own, which replaces it.
                     await store.zones.replace(str(zone.number), zone.path)
             await store.wait_for_recovery()

@@ -277,6 +277,44 @@ async def test_a_checkpoint_under_which_all_zones_fail_is_written_when_they_are_
     await disk.check()
 
 
+async def test_a_checkpoint_that_lacks_zones_is_not_begun_again_at_once(
+    disk: ModelDisk, expected_warnings: ExpectedWarnings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is told of its end and wants space made it begin again in the same instant, without end (simulation, seed
+    2034)."""
+    expected_warnings.allow("checkpoint given up")
+    keeper = disk.vdi.keeper
+    attempts = 0
+
+    async def no_zones(*_arguments: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise Unavailable("too few zones")
+
+    def told() -> None:
+        keeper.hurry(now=True, waited_for=True)
+
+    for first in range(0, 600, 20):
+        await disk.write(first, 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(keeper, "_pages", no_zones)
+        patched.setattr(keeper, "on_progress", told)
+        with pytest.raises(Unavailable):
+            await keeper.checkpoint()
+        before = attempts
+        await turns(300)
+        assert attempts == before
+        assert keeper.waits_for_zones
+        with pytest.raises(Unavailable):
+            await keeper.checkpoint()
+        assert attempts > before, "who asks for one by name gets an attempt"
+    keeper._again_timer.cancel()
+    keeper._again()
+    await keeper.settled()
+    assert keeper.number > 0
+    await disk.check()
+
+
 async def test_a_zone_put_out_while_its_thread_works_for_a_checkpoint_does_not_stop_the_log(
     monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
 ) -> None:
