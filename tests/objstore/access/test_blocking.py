@@ -85,12 +85,21 @@ def test_the_life_of_a_store(store: BlockingConnection) -> None:
 
 
 def test_ctrl_c_ends_the_call_and_not_the_connection(store: BlockingConnection) -> None:
-    def interrupted() -> None:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        store.wait(300)
+    waits = threading.Event()
 
+    async def call() -> None:
+        waits.set()
+        await asyncio.sleep(300)
+
+    def interrupt() -> None:
+        waits.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        store._runner.run(call())
+    thread.join()
     assert store.create("disk", MIB).name == "disk"
 
 

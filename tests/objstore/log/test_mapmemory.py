@@ -14,6 +14,7 @@ from objstore.units import BLOCK_BYTES, GIB, KIB, MIB, REGION_BLOCKS, TIB
 from objstore.volume.settings import StoreSettings
 from objstore.volume.vdi import Vdi
 from tests.conftest import ExpectedWarnings
+from tests.support.serving import eventually
 from tests.support.stepping import World, executor_of, failing, turns
 
 LIMIT = 4 * MIB
@@ -183,7 +184,7 @@ async def test_a_deleted_disk_leaves_the_account(world: World) -> None:
     assert world.store is not None
     await world.store.close(vdi)
     await world.store.delete_vdi("big")
-    assert (memory.pinned_bytes, memory.loaded_bytes, memory.owners) == (0, 0, [])
+    await eventually(lambda: (memory.pinned_bytes, memory.loaded_bytes, memory.owners) == (0, 0, []))
 
 
 def test_a_limit_below_what_is_worth_a_checkpoint() -> None:

@@ -10,6 +10,7 @@ from objstore.units import BLOCK_BYTES, KIB, MIB
 from objstore.volume.settings import StoreSettings
 from objstore.volume.vdi import Vdi
 from tests.conftest import ExpectedWarnings
+from tests.support.serving import eventually
 from tests.support.stepping import World, executor_of, failing, turns
 
 SETTINGS = StoreSettings(segment_bytes=2 * MIB, dirty_age_seconds=60.0, dirty_bytes_max=MIB, write_wait_seconds=0.0)
@@ -74,7 +75,7 @@ async def test_dirty_data_of_a_deleted_disk_is_forgotten(world: World) -> None:
     assert not store.env.dirty_bytes
     await disk.write(0, BLOCK)  # as collection does when no client is there
     await store.delete_vdi("one")
-    assert not store.env.dirty_bytes
+    await eventually(lambda: not store.env.dirty_bytes)
     await world.stop()
 
 
