@@ -232,19 +232,23 @@ class OpenVdis:
 
     async def _vdi(self, entry: VdiEntry) -> Vdi:
         vdi_id = entry.vdi_id
-        while (over := self._changing.get(vdi_id) or self._closing.get(vdi_id)) is not None:
-            await asyncio.wait([over])
-        # Whoever asks may have looked at the catalog a while ago; the VDI may have another log since.
-        now = self.catalog.state.vdis.get(vdi_id)
-        if now is None:
-            raise NotFound(f"VDI {entry.name!r} was deleted")
-        vdi = self._open.get(vdi_id)
-        if vdi is not None:
-            return vdi
-        task = self._opening.get(vdi_id)
-        if task is None:
-            task = self._begin_opening(now)
-        return await asyncio.shield(task)
+        while True:
+            while (over := self._changing.get(vdi_id) or self._closing.get(vdi_id)) is not None:
+                await asyncio.wait([over])
+            # Whoever asks may have looked at the catalog a while ago; the VDI may have another log since.
+            now = self.catalog.state.vdis.get(vdi_id)
+            if now is None:
+                raise NotFound(f"VDI {entry.name!r} was deleted")
+            vdi = self._open.get(vdi_id)
+            if vdi is not None:
+                return vdi
+            task = self._opening.get(vdi_id)
+            if task is None:
+                task = self._begin_opening(now)
+            vdi = await asyncio.shield(task)
+            # Somebody who waited for the same opening may have used it and begun to close it in this very turn.
+            if self._open.get(vdi_id) is vdi and vdi_id not in self._closing:
+                return vdi
 
     async def _open_vdi(self, entry: VdiEntry) -> Vdi:
         env = self.env

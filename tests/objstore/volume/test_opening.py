@@ -8,7 +8,7 @@ import pytest
 from objstore.check.report import Severity
 from objstore.errors import Corrupt
 from objstore.log.checkpoint import checkpoint_folder
-from objstore.units import KIB, MIB, REGION_BLOCKS
+from objstore.units import BLOCK_BYTES, KIB, MIB, REGION_BLOCKS
 from objstore.volume.settings import StoreSettings
 from tests.conftest import ExpectedWarnings
 from tests.objstore.check.stores import Checked
@@ -225,3 +225,35 @@ async def test_a_checkpoint_of_another_run_is_never_read(expected_warnings: Expe
     await disk.open()
     await disk.check()
     await world.stop()
+
+
+@pytest.mark.parametrize("client", [False, True])
+async def test_who_waits_for_an_opening_gets_an_open_disk(disk: ModelDisk, client: bool) -> None:
+    """Others wait for it too, and who comes first may have used and left the disk before the next one goes on: it was
+    given a disk that was being closed (simulation, seeds 371 and 745)."""
+    await disk.write(0, 4)
+    await disk.vdi.flush()
+    await disk.world.stop()
+    await disk.world.open()
+    store = disk.world.store
+    assert store is not None
+
+    async def short() -> None:
+        async with store.using(store._entry("disk")):
+            pass
+
+    async def longer() -> bytes:
+        into = memoryview(bytearray(4 * BLOCK_BYTES))
+        if client:
+            volume = await store.open("disk")
+            await turns(100)
+            await volume.read(0, len(into), into)
+            await store.close(volume)
+        else:
+            async with store.using(store._entry("disk")) as vdi:
+                await turns(100)
+                await vdi.read(0, len(into), into)
+        return bytes(into)
+
+    results = await asyncio.gather(short(), longer(), short(), longer())
+    assert results[1] == results[3] == disk.expected(0, 4)
