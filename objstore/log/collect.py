@@ -83,7 +83,8 @@ class Collector:
     """Collection for one disk: one task, woken at every boundary between segments and after every freeing.
 
     tight: clients wait (`room`) because the files take too much space and collection can free some.
-    `_noted`: the clients' requests (Env.requests) when a timer looked last; -1: they were not quiet then.
+    `_noted`: the clients' requests (Env.requests) when a timer found them quiet last. `_rest_moves`: blocks moved
+    since then.
     """
 
     def __init__(self, disk: Disk, keeper: Keeper) -> None:
@@ -100,6 +101,7 @@ class Collector:
         """Callers of `reclaim`: any victim will do."""
         self._closed = False
         self._noted = -1
+        self._rest_moves = 0
         self._quiet_timer: asyncio.TimerHandle | None = None
         self._task = disk.env.loop.create_task(self._run())
         disk.writer.watch(self._task)
@@ -222,14 +224,17 @@ class Collector:
     # -- while clients are quiet --------------------------------------------------------------------------------
 
     def _quiet(self) -> bool:
-        """No client has asked for anything since a timer found them quiet."""
-        return self._noted == self.disk.env.requests
+        """No client has asked for anything since a timer found them quiet, and there is something to gain: what has
+        been moved once is not moved again before they have written more (segments that checkpoints cut short stay
+        sparse however often they are moved)."""
+        return self._noted == self.disk.env.requests and self._rest_moves <= self.disk.live_total
 
     def _await_quiet(self) -> None:
         """Look every QUIET_SECONDS whether the clients rest, while there is something to do then."""
-        if self._quiet_timer is None and self._above(SPACE_QUIET) and self.disk.writer.error is None:
-            loop = self.disk.env.loop
-            self._quiet_timer = loop.call_later(QUIET_SECONDS, self._look, self.disk.env.requests)
+        env = self.disk.env
+        wanted = self._above(SPACE_QUIET) and self._noted != env.requests and self.disk.writer.error is None
+        if wanted and self._quiet_timer is None:
+            self._quiet_timer = env.loop.call_later(QUIET_SECONDS, self._look, env.requests)
 
     def _look(self, requests: int) -> None:
         self._quiet_timer = None
@@ -237,6 +242,7 @@ class Collector:
             return
         if requests == self.disk.env.requests:
             self._noted = requests
+            self._rest_moves = 0
             self._wake.set()
         else:
             self._await_quiet()
@@ -452,6 +458,7 @@ class Collector:
             set_one(lba, entry)
         disk.env.segments[target >> BLOCK_BITS].live += len(lbas)
         victim.live -= len(lbas)
+        self._rest_moves += len(lbas)
         if victim.held:  # since it was chosen
             disk.held_live -= len(lbas)
         return np.frombuffer(into, np.uint8).reshape(-1, BLOCK_BYTES)

@@ -121,6 +121,7 @@ class Keeper:
         self._wants_snapshot = False
         self._stands_for: StoreError | None = None
         """Why the map of a snapshot can't be written at the moment."""
+        self._stands_since = 0.0
         self._space_waiter: asyncio.Future[None] | None = None
         """While the map of a snapshot waits for space."""
         self.gave_up = False
@@ -167,6 +168,14 @@ class Keeper:
     def error(self) -> StoreError | None:
         """See MapOwner."""
         return self.disk.writer.error
+
+    @property
+    def stuck(self) -> StoreError | None:
+        """See MapOwner."""
+        env = self.disk.env
+        if self._space_waiter is not None and env.loop.time() - self._stands_since >= env.settings.write_wait_seconds:
+            return self._stands_for
+        return self.disk.writer.short if self.waits_for_zones else None
 
     def relieve(self) -> None:
         """See MapOwner."""
@@ -414,6 +423,7 @@ class Keeper:
                 output = CheckpointWriter(disk.env, header, disk.checkpoint_zones(header.number))
                 try:
                     written = await self._pages(output, what)
+                    self._stands_for = None
                     break
                 except (NoSpace, Unavailable) as error:
                     self.gave_up = isinstance(error, NoSpace)
@@ -447,12 +457,15 @@ class Keeper:
 
     async def _wait_for_space(self, error: StoreError) -> None:
         """Let everybody know that this checkpoint stands, and why, and wait a while."""
-        self._stands_for = error
         loop = self.disk.env.loop
+        if self._stands_for is None:
+            self._stands_since = loop.time()
+        self._stands_for = error
         waiter: asyncio.Future[None] = loop.create_future()
         self._space_waiter = waiter
         timer = loop.call_later(SPACE_RETRY_SECONDS, self._try_again)
         self._tell()
+        self.disk.env.maps.wake()
         if self.on_progress is not None:
             self.on_progress()
         try:

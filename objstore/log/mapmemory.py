@@ -33,6 +33,11 @@ class MapOwner(Protocol):
         """Why its log takes nothing more."""
         ...
 
+    @property
+    def stuck(self) -> StoreError | None:
+        """Why no checkpoint of its can come, once that has lasted as long as a write waits."""
+        ...
+
     def evict(self, excess_bytes: int) -> None:
         """Let clean regions go."""
         ...
@@ -73,7 +78,7 @@ class MapMemory:
     async def room(self, grows: Callable[[], bool]) -> None:
         """Wait while pinned memory stands at its limit and `grows` says that the caller would pin more.
 
-        NoSpace: the zones have no room for the checkpoint that would free memory.
+        NoSpace: the zones have no room for the checkpoint that would free memory; Unavailable: too few are there.
         """
         while self.pinned_bytes >= self.pinned_bytes_max and grows():
             owner = max((o for o in self.owners if o.error is None), key=lambda o: o.pinned_bytes, default=None)
@@ -88,6 +93,8 @@ class MapMemory:
                 self._waiters.remove(waiter)
             if owner.gave_up and self.pinned_bytes >= self.pinned_bytes_max:
                 raise NoSpace("the zones have no room for the checkpoint that changed map regions wait for")
+            if owner.stuck is not None and self.pinned_bytes >= self.pinned_bytes_max:
+                raise owner.stuck
 
     def wake(self) -> None:
         """Let everyone look again: a checkpoint has ended, or a log."""

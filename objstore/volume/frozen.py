@@ -35,6 +35,7 @@ class FrozenVolume(Reading):
         self.attached = 0
         self.gave_up = False
         self.error: StoreError | None = None
+        self.stuck: StoreError | None = None
         self._root = root
         view.owner = self
         view.map.join(view.env.maps)

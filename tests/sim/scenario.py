@@ -840,7 +840,7 @@ class _Errors(logging.Handler):
         if self.world.zone_rots:
             bad = bad and PUT_OUT not in message
         else:
-            bad = bad or message.startswith(READS_GONE_WRONG)
+            bad = bad or (message.startswith(READS_GONE_WRONG) and "is out of service" not in message)
         if bad and not self.world.zone_failed and self.world.loop is not None:
             self.world.loop.failures.append({"message": f"logged: {message}"})
 

@@ -63,6 +63,17 @@ class NoSnapshots(Snapshots):
         """See above."""
 
 
+class NoClones(Snapshots):
+    """Nobody clones, nobody rolls back: what a VDI needs is in its own log. What opens without some zones, and with how
+    many copies, is told for such VDIs alone."""
+
+    async def _clone(self, store: Store, source: str) -> None:
+        """See above."""
+
+    async def roll_back(self, store: Store) -> None:
+        """See above."""
+
+
 class ZoneScenario(Scenario):
     """See above. `epoch`: the newest that came into force; `writing`: another one was on its way when the process died.
 
@@ -83,8 +94,7 @@ class ZoneScenario(Scenario):
         self._unsure = False
         self.life = ZoneLife(self, random.Random(seed * 11 + 6)) if rng.random() < knobs.zone_changes else None
         self.troubles = self.trouble = Troubles(self, seed, knobs, several=self.life is None)
-        if not self.troubles.quiet:
-            self.snapshots = NoSnapshots(self, seed)
+        self.snapshots = NoClones(self, seed) if self.troubles.quiet else NoSnapshots(self, seed)
         self.subsets = Subsets(self, random.Random(seed * 11 + 7))
         self.copies_min = min(self.troubles.copies_min, self.copies_max)
         for model in self.models.values():

@@ -360,6 +360,34 @@ async def test_a_request_ends_the_collection_of_a_rest(resting: ModelDisk, monke
     assert files(resting) > files_allowed(resting, SPACE_QUIET)
 
 
+async def test_the_collection_of_a_rest_ends_where_nothing_is_gained(
+    resting: ModelDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments that checkpoints cut short are as sparse as what they replace: moved for ever (simulation, seed 368)."""
+    collector, keeper = resting.vdi.collector, resting.vdi.keeper
+    moved = 0
+    append = collector._append
+
+    def append_and_cut(segment: Segment, *arguments: Any) -> Any:
+        nonlocal moved
+        moved += len(arguments[0])
+        asyncio.get_running_loop().call_soon(keeper._force)
+        return append(segment, *arguments)
+
+    monkeypatch.setattr("objstore.log.collect.MOVE_BLOCKS_MAX", 2)
+    monkeypatch.setattr(collector, "_append", append_and_cut)
+    collector._look(resting.vdi.disk.env.requests)
+    live = resting.vdi.disk.live_total
+    for _ in range(100):
+        await turns(1000)
+        before = moved
+        await turns(1000)
+        if moved == before:
+            break
+    assert live * 0.1 < moved <= live + resting.vdi.disk.writer.segment_blocks
+    assert collector._quiet_timer is None, "and nobody looks again before a client asks for something"
+
+
 async def test_the_first_flush_after_a_rest_waits_for_little(
     resting: ModelDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

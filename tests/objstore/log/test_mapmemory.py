@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from objstore.errors import NoSpace
+from objstore.errors import NoSpace, Unavailable
 from objstore.log.mapmemory import PINNED_BYTES_MIN, MapMemory
 from objstore.log.regionmap import ARRAY_BYTES, EVICTION_BYTES_MIN, REGION_OVERHEAD_BYTES
 from objstore.log.regions import TABLE_RUNS_MAX
@@ -189,3 +189,34 @@ async def test_a_deleted_disk_leaves_the_account(world: World) -> None:
 
 def test_a_limit_below_what_is_worth_a_checkpoint() -> None:
     assert MapMemory(1).pinned_bytes_max == PINNED_BYTES_MIN == 256 * KIB
+
+
+async def test_who_waits_for_a_disk_whose_checkpoint_can_not_come_is_told() -> None:
+    """The map of another disk's snapshot waits for zones that stay away: a write waited for ever (simulation, seed
+    606)."""
+
+    class Owner:
+        gave_up = False
+        pinned_bytes = PINNED_BYTES_MIN
+        error = None
+        stuck: Unavailable | None = None
+        asked = 0
+
+        def evict(self, excess_bytes: int) -> None: ...
+
+        def relieve(self) -> None:
+            self.asked += 1
+
+    memory, owner = MapMemory(1), Owner()
+    memory.pinned_bytes = PINNED_BYTES_MIN
+    memory.owners.append(owner)
+    waiting = asyncio.create_task(memory.room(lambda: True))
+    await turns()
+    memory.wake()
+    await turns()
+    assert not waiting.done()
+    owner.stuck = Unavailable("no zone is left for a checkpoint")
+    memory.wake()
+    with pytest.raises(Unavailable, match="no zone is left"):
+        await waiting
+    assert owner.asked == 2
