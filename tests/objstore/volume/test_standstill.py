@@ -31,6 +31,7 @@ def _failures_are_logged(expected_warnings: ExpectedWarnings, monkeypatch: pytes
         "given up",
         "can't be written",
         "stays until",
+        "an old file stays",
         "is back",
         "read failed",
         "unreadable",
