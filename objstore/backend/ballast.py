@@ -5,6 +5,7 @@ recorded any more, not even a start or a deletion. The file is given up before t
 when there is room.
 """
 
+import contextlib
 import os
 import threading
 from typing import Final
@@ -59,8 +60,10 @@ class Ballast:
                 finally:
                     self._fs.close(fd)
                 self._fs.rename(tmp, self._path, src_dir_fd=self._root, dst_dir_fd=self._root)
-            except OSError:
-                return  # no room after all, or a file system that can't: what is left at `tmp` the next owner removes
+            except OSError:  # no room after all, or a file system that can't
+                with contextlib.suppress(OSError):
+                    self._fs.unlink(tmp, dir_fd=self._root)
+                return
             self.is_there = True
 
     def drop(self) -> bool:

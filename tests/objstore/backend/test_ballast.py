@@ -1,6 +1,7 @@
 """Space kept back: given up for what asks for no reserve, never for clients' data; whole or not there; made again."""
 
 import contextlib
+import errno
 import random
 
 import pytest
@@ -110,6 +111,24 @@ def test_there_is_none_where_it_would_take_all_that_is_free() -> None:
     backend = open_zone(fs)
     with pytest.raises(FileNotFoundError):
         ballast_size(backend)
+    backend.close()
+
+
+def test_an_attempt_that_finds_no_space_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each deletion tries again: what they left would fill the disk."""
+    fs = disk()
+    backend = DirectoryBackend(ZONE, fs=fs, ballast_bytes=BALLAST)
+
+    def no_space(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "posix_fallocate", no_space)
+        backend.lock("test")
+        for _ in range(3):
+            backend.put("head", bytes(10))
+            backend.delete("head")
+        assert list(backend._names_in("tmp")) == []
     backend.close()
 
 
