@@ -31,6 +31,7 @@ from nbdserver.complaints import Complaints
 from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, open_volume
 from nbdserver.exports import Exports
 from nbdserver.handshake import Enter, Handshake, State
+from nbdserver.identity import Peer
 from nbdserver.sending import Sender
 from nbdserver.settings import ClientInfo, ServerSettings
 from nbdserver.transmission import RECEIVE_BYTES, Transmission
@@ -73,7 +74,7 @@ class Common:
 class Connection:
     """One accepted socket, from greeting to close: `run` is its whole life."""
 
-    def __init__(self, sock: socket.socket, peer: str, common: Common) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, common: Common) -> None:
         self.peer = peer
         self.export: str | None = None
         self.volume: Volume | None = None
@@ -118,7 +119,7 @@ class Connection:
         """A snapshot for people and tools."""
         dispatch = self._dispatch
         return ClientInfo(
-            self.peer,
+            str(self.peer),
             self.export,
             "closing" if self._finishing or self._dead else self._handshake.state.name.lower(),
             time.monotonic() - self._connected_at,

@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from nbdserver.connection import Common, Connection
 from nbdserver.exports import Exports
+from nbdserver.identity import peer_of
 from nbdserver.settings import ClientInfo, ServerSettings
 from nbdserver.wire.constants import PORT
 from objstore.errors import StoreError
@@ -216,7 +217,8 @@ class Server:
                 sock.close()
                 continue
             try:
-                peer = self._prepare(sock, address)
+                self._prepare(sock)
+                peer = peer_of(sock, address)
             except OSError:
                 sock.close()
                 continue
@@ -235,19 +237,16 @@ class Server:
         if not self._stopping:
             asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
 
-    def _prepare(self, sock: socket.socket, address: object) -> str:
-        """Set the options of an accepted socket; returns the peer's name."""
+    def _prepare(self, sock: socket.socket) -> None:
+        """Set the options of an accepted socket."""
         if sock.family == socket.AF_UNIX:
             _set_send_buffer(sock, self.settings.socket_buffer_bytes)
-            return f"unix:{sock.getsockname()}#{sock.fileno()}"
+            return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-        assert isinstance(address, tuple)
-        host, port = address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def _entered(self, newcomer: Connection) -> None:
         """A client that reconnects may have left a connection behind whose writes are older than what it will send:

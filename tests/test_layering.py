@@ -22,6 +22,7 @@ BASE = {
 }
 WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
+IDENTITY = {"nbdserver.identity"}
 CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
 SERVER = {"nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
 CONTROL = {"nbdserver.operations", "nbdserver.control_data", "nbdserver.control", "nbdserver.control_client"}
@@ -41,6 +42,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.wire": set(),
     "nbdserver.buffers": set(),
     "nbdserver.complaints": set(),
+    "nbdserver.identity": set(),
     "nbdserver.exports": WIRE,
     "nbdserver.handshake": WIRE | {"nbdserver.exports"},
     "nbdserver.transmission": WIRE,
@@ -50,8 +52,9 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.settings": {"nbdserver.handshake"},
     "nbdserver.connection": WIRE
     | MACHINES
+    | IDENTITY
     | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings", "nbdserver.complaints"},
-    "nbdserver.server": WIRE | MACHINES | CONNECTION,
+    "nbdserver.server": WIRE | MACHINES | CONNECTION | IDENTITY,
     "nbdserver.config": {"nbdserver.server"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),
