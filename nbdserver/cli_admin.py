@@ -14,7 +14,7 @@ import uvloop
 from nbdserver.cli_progress import progress
 from nbdserver.control_client import ControlClient, NoServer
 from objstore.access.api import LockNote, Status
-from objstore.errors import Busy, InvalidRequest, StoreError
+from objstore.errors import Busy, InvalidRequest, StoreError, Unavailable
 from objstore.volume.directories import lock_note, zone_paths
 from objstore.volume.settings import StoreSettings
 from objstore.volume.status import (
@@ -186,6 +186,22 @@ def open_admin(
     else:
         with admin:
             yield admin
+
+
+@contextmanager
+def open_server(zones: Sequence[Path]) -> Iterator[ControlClient]:
+    """The server that has the store of one of `zones` open. Unavailable: there is none, or it does not answer."""
+    note = note_of(zones)
+    if note is None or not note.control:
+        raise Unavailable(f"zone {zones[0]}: no server has this store open")
+    try:
+        client = ControlClient(note.control)
+    except NoServer as error:
+        raise Unavailable(f"zone {zones[0]}: process {note.pid} has it and does not answer now") from error
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 def resolve_zones(zones: Sequence[Path]) -> list[Path]:

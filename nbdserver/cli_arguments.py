@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from nbdserver.cli_library_arguments import add_attr, add_jobs, add_transfers
+from nbdserver.cli_server_arguments import add_client
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
 from objstore.units import check_vdi_bytes, parse_size
@@ -59,6 +60,10 @@ def build_parser() -> Parser:
     )
     _add_common(recovery)
     add_jobs(commands.add_parser("job", help="list, follow and abort long work"), _add_common)
+    add_client(
+        commands.add_parser("client", help="list the clients of a running server, and end their connections"),
+        _add_common,
+    )
     zone = commands.add_parser("zone", help="list, add, drain, remove and replace zones")
     _add_zone_commands(zone.add_subparsers(dest="zone_command", metavar="COMMAND", required=True))
     status = commands.add_parser("status", help="show the health of a store and its zones")

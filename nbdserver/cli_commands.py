@@ -118,6 +118,13 @@ def administer(arguments: argparse.Namespace) -> None:
         with open_library(zones, settings, force=force) as store:
             LIBRARY[getattr(arguments, "vdi_command", arguments.command)](store, arguments)
         return
+    if arguments.command == "client":
+        from nbdserver.cli_admin import open_server
+        from nbdserver.cli_clients import client
+
+        with open_server(zones) as server:
+            client(server, arguments)
+        return
     with open_admin(zones, settings, read_only=looking, force=force) as admin:
         if arguments.command == "status":
             _status(admin, arguments)

@@ -53,7 +53,7 @@ def vdi_table(vdis: Sequence[VdiStatus]) -> str:
         )
         for vdi in vdis
     ]
-    return _table([header, *rows])
+    return table([header, *rows])
 
 
 def vdi_details(vdi: VdiStatus) -> str:
@@ -85,7 +85,7 @@ def snapshot_table(snapshots: Sequence[SnapshotStatus]) -> str:
         (s.name, str(s.index), format_size(s.size_bytes), _moment(s.created), _snapshot_state(s), " ".join(s.clones))
         for s in snapshots
     ]
-    return _table([header, *rows])
+    return table([header, *rows])
 
 
 def snapshot_details(snapshot: SnapshotStatus) -> str:
@@ -114,7 +114,7 @@ def job_table(jobs: Sequence[JobStatus]) -> str:
         state = job.state + (f": {job.message}" if job.message else "")
         done, total = format_size(job.bytes_done), format_size(job.bytes_total)
         rows.append((str(job.job_id), job.kind, job.vdi, state, done, total, _moment(job.started), left))
-    return _table(rows)
+    return table(rows)
 
 
 def damage_text(damage: VdiDamage) -> str:
@@ -122,7 +122,7 @@ def damage_text(damage: VdiDamage) -> str:
     if not damage.ranges:
         return f"no damage of {damage.name} is known"
     rows = [("OFFSET", "LENGTH"), *((str(part.offset_bytes), str(part.length_bytes)) for part in damage.ranges)]
-    return _table(rows) + ("" if damage.complete else "\nand more")
+    return table(rows) + ("" if damage.complete else "\nand more")
 
 
 def scrub_text(scrub: ScrubStatus) -> str:
@@ -174,7 +174,7 @@ def zone_table(zones: Sequence[ZoneStatus]) -> str:
         )
         for zone in zones
     ]
-    return _table([header, *rows])
+    return table([header, *rows])
 
 
 def status_text(status: Status) -> str:
@@ -242,7 +242,7 @@ def info_text(info: StoreInfo) -> str:
         )
         for epoch in info.epochs
     ]
-    return "\n\n".join((_fields(fields), _table(zones), _table(epochs)))
+    return "\n\n".join((_fields(fields), table(zones), table(epochs)))
 
 
 def _duration(seconds: float) -> str:
@@ -261,7 +261,8 @@ def _fields(fields: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{key + ':':<14}{value}" for key, value in fields)
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of equal length, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

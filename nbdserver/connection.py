@@ -17,6 +17,7 @@ Every attribute is changed in the event loop only.
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import logging
 import select
 import socket
@@ -31,12 +32,13 @@ from nbdserver.complaints import Complaints
 from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, open_volume
 from nbdserver.exports import Exports
 from nbdserver.handshake import Enter, Handshake, State
-from nbdserver.identity import Peer
+from nbdserver.identity import Fences, Peer
 from nbdserver.sending import Sender
-from nbdserver.settings import ClientInfo, ServerSettings
+from nbdserver.settings import ServerSettings
 from nbdserver.transmission import RECEIVE_BYTES, Transmission
 from nbdserver.wire import replies
-from nbdserver.wire.constants import ProtocolError
+from nbdserver.wire.constants import OptionReply, ProtocolError
+from objstore.access.api import ClientStatus
 from objstore.units import KIB
 from objstore.volume.base import REQUEST_BYTES_MAX, Volume, VolumeInfo
 
@@ -64,6 +66,8 @@ class Common:
         self.entered = entered
         """Awaited when a connection has taken its volume, before its first request."""
         self.complain = Complaints(log)
+        self.fences = Fences()
+        self.numbers = itertools.count(1)
         self.pool = BufferPool(settings.buffer_bytes_max)
         self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
         self.reply_area = memoryview(bytearray(REPLY_AREA_BYTES))
@@ -76,6 +80,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, peer: Peer, common: Common) -> None:
         self.peer = peer
+        self.number = next(common.numbers)
         self.export: str | None = None
         self.volume: Volume | None = None
         self._sock = sock
@@ -115,19 +120,26 @@ class Connection:
         waiting_since = self._sender.waiting_since
         return self._payload_since if waiting_since is None else waiting_since
 
-    def info(self) -> ClientInfo:
+    @property
+    def client(self) -> str:
+        """Who is at the other end (identity.py)."""
+        return self.peer.client
+
+    def info(self) -> ClientStatus:
         """A snapshot for people and tools."""
         dispatch = self._dispatch
-        return ClientInfo(
-            str(self.peer),
-            self.export,
-            "closing" if self._finishing or self._dead else self._handshake.state.name.lower(),
-            time.monotonic() - self._connected_at,
-            dispatch.request_count if dispatch else 0,
-            dispatch.error_count if dispatch else 0,
-            dispatch.in_flight if dispatch else 0,
-            self._received_bytes,
-            self._sender.sent_bytes,
+        return ClientStatus(
+            connection=self.number,
+            client=self.client,
+            peer=str(self.peer),
+            export=self.export,
+            state="closing" if self._finishing or self._dead else self._handshake.state.name.lower(),
+            connected_seconds=time.monotonic() - self._connected_at,
+            request_count=dispatch.request_count if dispatch else 0,
+            error_count=dispatch.error_count if dispatch else 0,
+            in_flight=dispatch.in_flight if dispatch else 0,
+            received_bytes=self._received_bytes,
+            sent_bytes=self._sender.sent_bytes,
         )
 
     async def run(self) -> None:
@@ -281,6 +293,9 @@ class Connection:
 
     async def _open(self, name: str) -> VolumeInfo | None:
         """Open the volume behind an export and tell the handshake what came of it."""
+        if self.client in self._common.fences:
+            self._handshake.refused(OptionReply.ERR_POLICY, f"{self.client} is fenced")
+            return None
         opened = await open_volume(self._common.exports.source, name, self._common.complain)
         if isinstance(opened, tuple):
             self._handshake.refused(*opened)

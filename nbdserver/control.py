@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -99,12 +99,15 @@ class ControlledStore(VolumeSource, Protocol):
 class ControlServer:
     """Owns the control socket's file from `start` to `stop`."""
 
-    def __init__(self, store: ControlledStore, server_status: Callable[[], ServerStatus]) -> None:
+    def __init__(
+        self, store: ControlledStore, server_status: Callable[[], ServerStatus], more: Sequence[object] = ()
+    ) -> None:
+        """more: further objects with operations."""
         self._store = store
         self._server_status = server_status
         self._path: Path | None = None
         self._sessions = Sessions(store)
-        owners = (self, AttributeOperations(store.attributes), JobOperations(store.jobs), self._sessions)
+        owners = (self, AttributeOperations(store.attributes), JobOperations(store.jobs), self._sessions, *more)
         handlers = [pair for owner in owners for pair in operations(owner)]
         self.operations = [found for found, _ in handlers]
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_errors_as_json])

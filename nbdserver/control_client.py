@@ -10,10 +10,13 @@ from urllib.parse import quote
 import msgspec
 
 from objstore.access.api import (
+    Clients,
     Clone,
     Copies,
     CreateVdi,
     ErrorReply,
+    KickClient,
+    Kicked,
     NewName,
     NewSize,
     Protection,
@@ -148,6 +151,16 @@ class ControlClient:
     ) -> list[ZoneStatus]:
         change = ZoneChange(action=action, zone=zone, path=path, weight=weight, force=force)
         return self._ask("POST", "/v1/zones", list[ZoneStatus], change)
+
+    def clients(self) -> Clients:
+        return self._ask("GET", "/v1/clients", Clients)
+
+    def kick(self, client: str, *, fence: bool, seconds: float | None) -> Kicked:
+        wanted = KickClient(client=client, fence=fence, seconds=seconds)
+        return self._ask("POST", "/v1/clients/kick", Kicked, wanted)
+
+    def unfence(self, client: str) -> None:
+        self._request("DELETE", "/v1/fences/" + quote(client, safe=""), None)
 
     def wait(self, seconds: float) -> None:
         """Let the server work."""

@@ -19,13 +19,14 @@ from urllib.parse import quote, unquote, urlsplit
 
 from nbdserver.connection import Common, Connection
 from nbdserver.exports import Exports
-from nbdserver.identity import peer_of
-from nbdserver.settings import ClientInfo, ServerSettings
+from nbdserver.identity import Fences, peer_of
+from nbdserver.settings import ServerSettings
 from nbdserver.wire.constants import PORT
+from objstore.access.api import ClientStatus
 from objstore.errors import StoreError
 from objstore.volume.base import Volume, VolumeSource
 
-__all__ = ["ClientInfo", "Listener", "Server", "ServerSettings"]
+__all__ = ["Listener", "Server", "ServerSettings"]
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ ACCEPT_PAUSE_SECONDS: Final = 1.0
 """Wait after running out of descriptors or memory for sockets."""
 WATCH_SECONDS: Final = 1.0
 """How often connections that stand in others' way are looked for."""
+KICK_SECONDS: Final = 5.0
+"""How long connections that are told to end have for it."""
 SO_SNDBUFFORCE: Final = 32
 """asm-generic/socket.h; the socket module does not name it."""
 KEEPALIVE_IDLE_SECONDS: Final = 60
@@ -155,9 +158,45 @@ class Server:
         finally:
             await self._exports.source.close(volume)
 
-    def clients(self) -> list[ClientInfo]:
+    def clients(self) -> list[ClientStatus]:
         """Every connection, oldest first."""
         return [connection.info() for connection in self._connections]
+
+    @property
+    def fences(self) -> Fences:
+        """Clients that may not open any export."""
+        return self._common.fences
+
+    async def kick(self, client: str, connection: int | None = None) -> int:
+        """End the connections of a client, or the one of that number: they answer what they have received and close;
+        after KICK_SECONDS what has not is cut off. How many they were."""
+        going = self._of(client, connection)
+        for one in going:
+            one.stop()
+        tasks = [self._connections[one] for one in going]
+        if tasks:
+            await asyncio.wait(tasks, timeout=KICK_SECONDS)
+            for one in going:
+                one.abort("it was asked to end and did not")
+        return len(going)
+
+    async def fence(self, client: str, seconds: float | None) -> tuple[int, bool]:
+        """Refuse a client from now on and end its connections at once: what they asked for and has not happened yet
+        does not happen. How many they were; False: KICK_SECONDS later something of them is still under way."""
+        self.fences.add(client, seconds)
+        going = self._of(client, None)
+        for one in going:
+            one.revoke("its client was fenced")
+        try:
+            async with asyncio.timeout(KICK_SECONDS):
+                for one in going:
+                    await one.settled()
+        except TimeoutError:
+            return len(going), False
+        return len(going), True
+
+    def _of(self, client: str, number: int | None) -> list[Connection]:
+        return [one for one in self._connections if one.client == client and number in (None, one.number)]
 
     def _bind(self, listener: Listener) -> list[tuple[socket.socket, Listener]]:
         """Listening sockets for one listener: several if its host name has several addresses."""

@@ -26,6 +26,7 @@ import uvloop
 
 from nbdserver.config import VdiConfig
 from nbdserver.control import ControlServer
+from nbdserver.control_clients import ClientOperations
 from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
 from nbdserver.server import Listener, Server, ServerSettings
 from nbdserver.systemd import notify
@@ -102,7 +103,7 @@ async def _serve_store(
         listen = [str(listener) for listener in server.listeners]
         return ServerStatus(pid=os.getpid(), listen=listen, clients=len(server.clients()))
 
-    control_server = ControlServer(store, server_status)
+    control_server = ControlServer(store, server_status, [ClientOperations(server)])
     try:
         await control_server.start(control)
         await server.start(listeners)

@@ -1,7 +1,6 @@
-"""What can be configured of the network side, and what can be seen of it from outside."""
+"""What can be configured of the network side."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from nbdserver.handshake import OPTIONS_MAX
 from objstore.units import MIB
@@ -40,17 +39,3 @@ class ServerSettings:
     """Send buffer of Unix sockets, 0 = the system's default. TCP sizes its own. 1 MiB reads at depth 8, medians of
     three on a busy host: 3.4 GiB/s with 256 KiB, 3.2 with 1 MiB, 2.8 with the default, 2.7 with 4 MiB; the ranges
     overlap."""
-
-
-class ClientInfo(NamedTuple):
-    """A connection as the control API shows it. connected_seconds: age. Bytes are those of the socket."""
-
-    peer: str
-    export: str | None
-    state: str
-    connected_seconds: float
-    request_count: int
-    error_count: int
-    in_flight: int
-    received_bytes: int
-    sent_bytes: int

@@ -25,7 +25,13 @@ MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
 IDENTITY = {"nbdserver.identity"}
 CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
 SERVER = {"nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
-CONTROL = {"nbdserver.operations", "nbdserver.control_data", "nbdserver.control", "nbdserver.control_client"}
+CONTROL = {
+    "nbdserver.operations",
+    "nbdserver.control_data",
+    "nbdserver.control_clients",
+    "nbdserver.control",
+    "nbdserver.control_client",
+}
 
 MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it may import besides itself and BASE
     "objstore.backend": set(),
@@ -62,9 +68,12 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.control": {"nbdserver.operations", "nbdserver.control_data"},
     "nbdserver.control_data": {"nbdserver.operations", "objstore.access.local_vdi"},
     "nbdserver.control_client": set(),
+    "nbdserver.control_clients": IDENTITY | {"nbdserver.operations"},
     "nbdserver.service": SERVER | CONTROL | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
-    "nbdserver.cli_arguments": {"nbdserver.cli_library_arguments"},
+    "nbdserver.cli_arguments": {"nbdserver.cli_library_arguments", "nbdserver.cli_server_arguments"},
+    "nbdserver.cli_server_arguments": set(),
+    "nbdserver.cli_clients": CONTROL | {"nbdserver.cli_output"},
     "nbdserver.cli_library_arguments": set(),
     "nbdserver.cli_library": CONTROL
     | {
@@ -99,6 +108,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
         "nbdserver.cli_copies",
         "nbdserver.cli_library",
         "nbdserver.cli_snapshots",
+        "nbdserver.cli_clients",
         "nbdserver.cli_progress",
     },
     "nbdserver.__main__": {"nbdserver.cli"},

@@ -105,6 +105,59 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
     """Connections, in any phase."""
 
 
+class ClientStatus(Struct, frozen=True, kw_only=True):
+    """One NBD connection at one moment. Bytes are those of the socket."""
+
+    connection: int
+    """Its number, counted from 1 since the server started."""
+    client: str
+    """Who is at its other end: `certificate:NAME`, else `uid:NUMBER`, else `address:IP`."""
+    peer: str
+    """As logs call the connection."""
+    export: str | None
+    """null: it has not chosen one yet."""
+    state: str
+    connected_seconds: float
+    request_count: int
+    error_count: int
+    in_flight: int
+    """Requests that wait for the store."""
+    received_bytes: int
+    sent_bytes: int
+
+
+class FenceStatus(Struct, frozen=True, kw_only=True):
+    """A client that may not use any export. seconds_left: null = until somebody lets it in."""
+
+    client: str
+    seconds_left: float | None
+
+
+class Clients(Struct, frozen=True, kw_only=True):
+    """Answer of `sheepfold client list`."""
+
+    connections: list[ClientStatus]
+    fenced: list[FenceStatus]
+
+
+class KickClient(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Connections to end: `client` is a client, or the number of one connection. fence: refuse the client (of that
+    connection) from now on, for `seconds` or, null, until it is let in."""
+
+    client: str
+    fence: bool = False
+    seconds: float | None = None
+
+
+class Kicked(Struct, frozen=True, kw_only=True):
+    """What came of it. closed: connections. settled: nothing that they asked for can happen any more; false: something
+    still waits for zones and may."""
+
+    client: str
+    closed: int
+    settled: bool
+
+
 class Status(Struct, frozen=True, kw_only=True):
     """Answer of `sheepfold status`; server: null when the command opened the zones itself."""
 

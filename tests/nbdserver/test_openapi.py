@@ -16,6 +16,8 @@ import aiohttp
 import pytest
 
 from nbdserver.control import ControlServer
+from nbdserver.control_clients import ClientOperations
+from nbdserver.server import Server
 from objstore.access.api import ServerStatus
 from objstore.units import MIB
 from objstore.volume.store import Store, open_store
@@ -38,6 +40,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "delete_snapshot": {"name": "disk@old"},
     "set_copies": {"name": "disk", "body": {"copies": 1}},
     "set_recovery_rate": {"body": {"bytes_per_second_max": MIB}},
+    "kick_client": {"body": {"client": "uid:7", "fence": True, "seconds": 60.0}},
+    "unfence_client": {"client": "uid:7"},
     "change_zones": {"body": {"action": "set-weight", "zone": "0", "weight": 2.0}},
     "list_attributes": {"name": "disk"},
     "get_attribute": {"name": "disk", "key": "kept"},
@@ -81,7 +85,8 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 async def control(store: Store) -> AsyncIterator[Path]:
     with tempfile.TemporaryDirectory(prefix="sheepfold-") as directory:
         path = Path(directory) / "control.sock"
-        server = ControlServer(store, lambda: ServerStatus(pid=1, listen=[], clients=0))
+        clients = ClientOperations(Server(store))
+        server = ControlServer(store, lambda: ServerStatus(pid=1, listen=[], clients=0), [clients])
         await server.start(path)
         yield path
         await server.stop()

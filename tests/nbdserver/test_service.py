@@ -522,3 +522,27 @@ def test_what_a_store_is_with_and_without_a_server(
     text = capsys.readouterr().out
     assert "zone numbers: 3 of 64 used" in text
     assert zones[2] in text
+
+
+async def test_clients_are_listed_fenced_and_let_in_from_the_command_line(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    me = f"uid:{os.getuid()}"
+    with serving(tmp_path, zones[:1], "--vdi", "disk:1M") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            zone = ("--zone", zones[0])
+            found = await asyncio.to_thread(sheepfold, capsys, "client", "list", *zone)
+            assert [(one["client"], one["export"]) for one in found["connections"]] == [(me, "disk")]
+            kicked = await asyncio.to_thread(sheepfold, capsys, "client", "kick", me, "--fence", *zone)
+            assert kicked == {"client": me, "closed": 1, "settled": True}
+            await client.expect_close()
+        found = await asyncio.to_thread(sheepfold, capsys, "client", "list", *zone)
+        assert found["fenced"] == [{"client": me, "seconds_left": None}]
+        assert await asyncio.to_thread(sheepfold, capsys, "client", "unfence", me, *zone) == {"unfenced": me}
+        async with attached(server.address, "disk") as client:
+            assert await client.read(0, 512) == bytes(512)
+        assert server.stop()[0] == 0
+    code, line = fails(capsys, "client", "list", *zone)
+    assert code == 7
+    assert "no server" in line
