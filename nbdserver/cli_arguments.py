@@ -135,7 +135,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         action="append",
         default=[],
-        help="unix:///PATH or tcp://HOST:PORT instead of the default listeners (repeatable)",
+        help="unix:///PATH, tcp://HOST:PORT or vsock://CID:PORT instead of the default listeners (repeatable)",
     )
     parser.add_argument("--default", metavar="NAME", help="VDI that clients get who name none")
     parser.add_argument(

@@ -116,13 +116,18 @@ class ControlServer:
             app, handle_signals=False, access_log=None, logger=HTTP_LOG, shutdown_timeout=SHUTDOWN_SECONDS
         )
 
-    async def start(self, path: Path) -> None:
+    async def start(self, path: Path, handed: socket.socket | None = None) -> None:
         """Answer on `path`, replacing a socket that a killed server left there.
 
+        handed: a socket that listens there already; its file is somebody else's, and its mode theirs to choose.
         InvalidRequest if there can't be a socket; Busy if somebody answers there.
         """
-        listener = _bind(path)
-        self._path = path
+        if handed is None:
+            listener = _bind(path)
+            self._path = path
+        else:
+            listener = handed
+            listener.setblocking(False)
         await self._runner.setup()
         await web.SockSite(self._runner, listener).start()
 

@@ -25,7 +25,7 @@ class Peer:
 
     label: str
     address: str = ""
-    """IP address; empty behind a Unix socket."""
+    """IP address, or `vsock:CID` of a guest; empty behind a Unix socket."""
     uid: int | None = None
     """User at the other end of a Unix socket, as the kernel noted when it connected."""
     certificate: str = ""
@@ -49,6 +49,8 @@ def peer_of(sock: socket.socket, address: object) -> Peer:
         return Peer(f"unix:{sock.getsockname()}#{sock.fileno()}", uid=uid)
     assert isinstance(address, tuple)
     host, port = address[:2]
+    if sock.family == socket.AF_VSOCK:
+        return Peer(f"vsock:{host}:{port}", address=f"vsock:{host}")
     return Peer(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", address=host)
 
 

@@ -1,27 +1,23 @@
 """Listeners, the list of connections, and the stop.
 
-Several listeners (Unix sockets, TCP), one event loop, one set of exports. A stop never sends an error: listeners close,
-every connection finishes and answers what it has received and closes, then the volumes are flushed.
+Several listeners, one event loop, one set of exports. A stop never sends an error: listeners close, every connection
+finishes and answers what it has received and closes, then the volumes are flushed.
 """
 
 import asyncio
-import contextlib
 import errno
 import logging
-import os
 import socket
-import stat
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from typing import Final
 
 from nbdserver.connection import Common, Connection
 from nbdserver.exports import Exports
 from nbdserver.identity import Fences, peer_of
+from nbdserver.listening import Listener, Listening
 from nbdserver.settings import ServerSettings
-from nbdserver.wire.constants import PORT
 from objstore.access.api import ClientStatus
 from objstore.errors import StoreError
 from objstore.volume.base import Volume, VolumeSource
@@ -30,7 +26,6 @@ __all__ = ["Listener", "Server", "ServerSettings"]
 
 log = logging.getLogger(__name__)
 
-BACKLOG: Final = 128
 ACCEPTS_MAX: Final = 16
 """Connections accepted in one turn of the loop."""
 ACCEPT_PAUSE_SECONDS: Final = 1.0
@@ -47,43 +42,6 @@ KEEPALIVE_COUNT: Final = 6
 """A dead peer is noticed after two minutes of silence."""
 
 
-class Listener(NamedTuple):
-    """Where to listen: a Unix socket (path) or TCP (host, port)."""
-
-    path: str | None = None
-    host: str = ""
-    port: int = PORT
-
-    @classmethod
-    def parse(cls, text: str) -> "Listener":
-        """`unix:///PATH` or `tcp://HOST:PORT` (port 10809 if left out, IPv6 hosts in brackets). ValueError."""
-        parts = urlsplit(text)
-        if parts.query or parts.fragment or parts.username is not None:
-            raise ValueError(f"listener is unix:///PATH or tcp://HOST:PORT, not {text!r}")
-        if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and len(parts.path) > 1:
-            path = unquote(parts.path, errors="surrogateescape")
-            if "\0" in path:
-                raise ValueError(f"a path has no NUL characters, but {text!r} has")
-            return cls(path=path)
-        if parts.scheme == "tcp" and parts.hostname and parts.path in ("", "/"):
-            return cls(host=parts.hostname, port=PORT if parts.port is None else parts.port)
-        raise ValueError(f"listener is unix:///PATH or tcp://HOST:PORT, not {text!r}")
-
-    def uri(self, export_name: str) -> str:
-        """The NBD URI of an export behind this listener."""
-        name = quote(export_name, safe="")
-        if self.path is not None:
-            return f"nbd+unix:///{name}?socket={quote(self.path, safe='/')}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        port = "" if self.port == PORT else f":{self.port}"
-        return f"nbd://{host}{port}/{name}"
-
-    def __str__(self) -> str:
-        if self.path is not None:
-            return f"unix://{self.path}"
-        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
-
-
 class Server:
     """An NBD server over the volumes of `source`. `start`, `stop`, once each; every method in the event loop."""
 
@@ -93,24 +51,30 @@ class Server:
         """Where the server listens, ports filled in."""
         self._exports = Exports(source, self.settings.default_export)
         self._common = Common(self.settings, self._exports, self._entered)
-        self._sockets: list[tuple[socket.socket, Listener]] = []
+        self._listening = Listening()
         self._connections: dict[Connection, asyncio.Task[None]] = {}
-        self._paths: list[tuple[str, tuple[int, int]]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._stopping = False
 
-    async def start(self, listeners: Sequence[Listener]) -> None:
-        """Listen and serve. OSError, with nothing left open, if a listener can't be had."""
+    async def start(self, listeners: Sequence[Listener], handed: Sequence[socket.socket] = ()) -> None:
+        """Listen and serve. OSError, with nothing left open, if a listener can't be had.
+
+        handed: sockets that listen already and are this server's from now on; ValueError if one can't be used.
+        """
         loop = asyncio.get_running_loop()
+        listening = self._listening
         try:
+            for sock in handed:
+                listening.take(sock)
             for listener in listeners:
-                for sock, actual in self._bind(listener):
-                    self._sockets.append((sock, actual))
-                    self.listeners.append(actual)
+                listening.open(listener)
         except BaseException:
-            self._close_listeners()
+            listening.close()
+            for sock in handed:
+                sock.close()
             raise
-        for sock, _ in self._sockets:
+        for sock, actual in listening.sockets:
+            self.listeners.append(actual)
             loop.add_reader(sock.fileno(), self._accept, sock)
         self._watcher = loop.create_task(self._watch())
 
@@ -123,9 +87,9 @@ class Server:
             return
         self._stopping = True
         loop = asyncio.get_running_loop()
-        for sock, _ in self._sockets:
+        for sock, _ in self._listening.sockets:
             loop.remove_reader(sock.fileno())
-        self._close_listeners()
+        self._listening.close()
         if self._watcher is not None:
             self._watcher.cancel()
         names = {connection.export for connection in self._connections}
@@ -198,45 +162,6 @@ class Server:
     def _of(self, client: str, number: int | None) -> list[Connection]:
         return [one for one in self._connections if one.client == client and number in (None, one.number)]
 
-    def _bind(self, listener: Listener) -> list[tuple[socket.socket, Listener]]:
-        """Listening sockets for one listener: several if its host name has several addresses."""
-        if listener.path is not None:
-            sock = _listen_unix(listener.path)
-            self._paths.append((listener.path, _identity(listener.path)))
-            return [(sock, listener)]
-        try:
-            found = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OSError(errno.EADDRNOTAVAIL, f"can't listen on {listener}: {reason}") from error
-        bound: list[tuple[socket.socket, Listener]] = []
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind(address)
-                sock.listen(BACKLOG)
-            except OSError as error:
-                sock.close()
-                for other, _ in bound:
-                    other.close()
-                raise OSError(error.errno, f"can't listen on {listener}: {error.strerror}") from error
-            host, port = sock.getsockname()[:2]
-            bound.append((sock, Listener(host=str(host), port=port)))
-        return bound
-
-    def _close_listeners(self) -> None:
-        for sock, _ in self._sockets:
-            sock.close()
-        self._sockets.clear()
-        for path, identity in self._paths:
-            with contextlib.suppress(OSError):
-                if _identity(path) == identity:
-                    os.unlink(path)
-        self._paths.clear()
-
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPTS_MAX):
             try:
@@ -280,6 +205,7 @@ class Server:
         """Set the options of an accepted socket."""
         if sock.family == socket.AF_UNIX:
             _set_send_buffer(sock, self.settings.socket_buffer_bytes)
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -332,36 +258,3 @@ def _set_send_buffer(sock: socket.socket, size_bytes: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, size_bytes)
     except PermissionError:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)
-
-
-def _identity(path: str) -> tuple[int, int]:
-    found = os.lstat(path)
-    return found.st_dev, found.st_ino
-
-
-def _listen_unix(path: str) -> socket.socket:
-    """A listening Unix socket. A socket file that nobody listens on is replaced, anything else is left alone."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
-                raise
-            os.unlink(path)
-            sock.bind(path)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"can't listen on unix://{path}: {reason}") from error
-    return sock
-
-
-def _is_stale(path: str) -> bool:
-    """A socket file whose server is gone."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        return probe.connect_ex(path) == errno.ECONNREFUSED

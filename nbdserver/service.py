@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,9 +28,10 @@ import uvloop
 from nbdserver.config import VdiConfig
 from nbdserver.control import ControlServer
 from nbdserver.control_clients import ClientOperations
+from nbdserver.listening import Listener
 from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
-from nbdserver.server import Listener, Server, ServerSettings
-from nbdserver.systemd import notify
+from nbdserver.server import Server, ServerSettings
+from nbdserver.systemd import HandedSocket, handed_sockets, notify
 from objstore.access.api import LockNote, ServerStatus
 from objstore.errors import InvalidRequest, NotFound
 from objstore.volume.directories import zone_paths
@@ -38,12 +40,17 @@ from objstore.volume.store import Store, open_store
 
 LOG: Final = logging.getLogger(__name__)
 GC_THRESHOLD: Final = 50_000
+VSOCK_LOOPBACK_CID: Final = 1
+"""VMADDR_CID_LOCAL (vsock(7)), which the socket module does not name."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+CONTROL_NAME: Final = "control"
+"""FileDescriptorName= of a control socket that the service manager opens."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServePlan:
-    """What to serve, from command line and configuration. Empty `listen` = the default listeners."""
+    """What to serve, from command line and configuration. Empty `listen` = the sockets that the service manager hands
+    over, without those the default listeners."""
 
     zones: Sequence[Path]
     vdis: Mapping[str, VdiConfig] = field(default_factory=dict)
@@ -76,24 +83,29 @@ async def serve(plan: ServePlan, ready: Callable[[Ready], None], opened: Callabl
     stop = asyncio.Event()
     _on_signals(asyncio.get_running_loop(), stop)
     _raise_descriptor_limit()
-    listeners, control = places(plan)
-    note = msgspec.json.encode(LockNote(pid=os.getpid(), control=os.fspath(control))).decode()
-    store = await open_store(_all_zones(plan.zones), settings=plan.store, create=True, lock_note=note, force=plan.force)
-    _tune_collector()
-    opened()
+    handed = handed_sockets(os.environ, os.getpid())
     try:
-        await _create_missing(store, plan.vdis)
-        _check_default(store, plan.default)
-        await _serve_store(store, plan, listeners, control, ready, stop)
+        where = places(plan, handed)
+        note = msgspec.json.encode(LockNote(pid=os.getpid(), control=os.fspath(where.control))).decode()
+        zones = _all_zones(plan.zones)
+        store = await open_store(zones, settings=plan.store, create=True, lock_note=note, force=plan.force)
+        _tune_collector()
+        opened()
+        try:
+            await _create_missing(store, plan.vdis)
+            _check_default(store, plan.default)
+            await _serve_store(store, plan, where, ready, stop)
+        finally:
+            await store.shutdown()
     finally:
-        await store.shutdown()
+        for one in handed:
+            one.socket.close()
 
 
 async def _serve_store(
     store: Store,
     plan: ServePlan,
-    listeners: Sequence[Listener],
-    control: Path,
+    where: "Places",
     ready: Callable[[Ready], None],
     stop: asyncio.Event,
 ) -> None:
@@ -105,8 +117,8 @@ async def _serve_store(
 
     control_server = ControlServer(store, server_status, [ClientOperations(server)])
     try:
-        await control_server.start(control)
-        await server.start(listeners)
+        await control_server.start(where.control, where.control_socket)
+        await server.start(where.listeners, where.handed)
         ready(Ready(server.listeners, [(vdi.name, vdi.size_bytes) for vdi in store.vdis()]))
         notify("READY=1")
         await stop.wait()
@@ -122,8 +134,8 @@ def _warn(message: str) -> None:
 
 
 def exposed(listener: Listener) -> bool:
-    """Whether other hosts may reach it."""
-    if listener.path is not None or listener.host == "localhost":
+    """Whether other hosts, or guests of this one, may reach it."""
+    if listener.path is not None or listener.host == "localhost" or listener.cid == VSOCK_LOOPBACK_CID:
         return False
     try:
         return not ip_address(listener.host).is_loopback
@@ -155,19 +167,48 @@ def _tune_collector() -> None:
     gc.set_threshold(GC_THRESHOLD, 50, 1000)
 
 
-def places(plan: ServePlan) -> tuple[list[Listener], Path]:
-    """Listeners and control socket, the defaults filled in and their directory made."""
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the server is reached. handed, control_socket: opened by the service manager already."""
+
+    listeners: Sequence[Listener]
+    control: Path
+    handed: Sequence[socket.socket] = ()
+    control_socket: socket.socket | None = None
+
+
+def places(plan: ServePlan, handed: Sequence[HandedSocket] = ()) -> Places:
+    """Listeners and control socket, the defaults filled in and their directory made. Of the sockets that were handed
+    over, the one that is called `control` is the control socket and all others are listeners."""
+    nbd = [one.socket for one in handed if one.name != CONTROL_NAME]
+    controls = [one.socket for one in handed if one.name == CONTROL_NAME]
+    if len(controls) > 1:
+        raise InvalidRequest(f"{len(controls)} of the sockets handed over are called {CONTROL_NAME}")
+    control_socket = controls[0] if controls else None
+    control = _control_of(plan, control_socket)
     directory = runtime_directory(os.environ, os.geteuid())
-    if not plan.listen or plan.control is None:
+    if control is None or not (plan.listen or nbd):
         make_runtime_directory(directory)
-    listen = plan.listen or (f"unix://{quote(os.fspath(directory / NBD_SOCKET))}", NBD_ADDRESS)
-    listeners = [_listener(text) for text in listen]
+    defaults = () if nbd else (f"unix://{quote(os.fspath(directory / NBD_SOCKET))}", NBD_ADDRESS)
+    listeners = [_listener(text) for text in plan.listen or defaults]
     for listener in filter(exposed, listeners):
         _warn(
-            f"{listener} can be reached from other hosts and has no TLS: whoever connects can read and overwrite every"
-            " disk, and what travels can be read on the way"
+            f"{listener} can be reached from other machines and has no TLS: whoever connects can read and overwrite"
+            " every disk, and what travels can be read on the way"
         )
-    return listeners, plan.control or control_path(directory, plan.zones[0])
+    return Places(listeners, control or control_path(directory, plan.zones[0]), nbd, control_socket)
+
+
+def _control_of(plan: ServePlan, handed: socket.socket | None) -> Path | None:
+    """The control socket's path, if somebody has said it."""
+    if handed is None:
+        return plan.control
+    if plan.control is not None:
+        raise InvalidRequest(f"two control sockets: {plan.control}, and one that was handed over")
+    path = handed.getsockname() if handed.family == socket.AF_UNIX else ""
+    if not isinstance(path, str) or not path.startswith("/"):
+        raise InvalidRequest(f"the socket handed over as {CONTROL_NAME} is no Unix socket with a path")
+    return Path(path)
 
 
 def _listener(text: str) -> Listener:

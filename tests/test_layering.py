@@ -24,7 +24,7 @@ WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
 IDENTITY = {"nbdserver.identity"}
 CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
-SERVER = {"nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
+SERVER = {"nbdserver.listening", "nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
 CONTROL = {
     "nbdserver.operations",
     "nbdserver.control_data",
@@ -60,7 +60,8 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | MACHINES
     | IDENTITY
     | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings", "nbdserver.complaints"},
-    "nbdserver.server": WIRE | MACHINES | CONNECTION | IDENTITY,
+    "nbdserver.listening": WIRE,
+    "nbdserver.server": WIRE | {"nbdserver.listening"} | MACHINES | CONNECTION | IDENTITY,
     "nbdserver.config": {"nbdserver.server"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),

@@ -14,6 +14,7 @@ from objstore.units import KIB, MIB
 from objstore.volume.memory import MemorySource, MemoryVolume
 from tests.conftest import ExpectedWarnings
 from tests.nbdserver.volumes import TestVolume, until
+from tests.support.clients import unavailable
 from tests.support.nbd_client import NbdClient, attached, connected
 from tests.support.nbd_spec import Command, Err
 from tests.support.our_server import serve_volume
@@ -24,6 +25,9 @@ LISTENERS = [
     ("tcp://localhost", "tcp://localhost:10809", "nbd://localhost/my%20disk%2F1"),
     ("tcp://[::1]:7", "tcp://[::1]:7", "nbd://[::1]:7/my%20disk%2F1"),
     ("tcp://0.0.0.0:0/", "tcp://0.0.0.0:0", "nbd://0.0.0.0:0/my%20disk%2F1"),
+    ("vsock://any:10809", "vsock://any:10809", "nbd+vsock://2/my%20disk%2F1"),
+    ("vsock://3", "vsock://3:10809", "nbd+vsock://3/my%20disk%2F1"),
+    ("vsock://1:100000/", "vsock://1:100000", "nbd+vsock://1:100000/my%20disk%2F1"),
 ]
 
 
@@ -50,6 +54,12 @@ def test_listener(text: str, shown: str, uri: str) -> None:
         "unix:///a?b",
         "tcp://me@a:1",
         "tcp://a:1#x",
+        "vsock://",
+        "vsock://:1",
+        "vsock://host:1",
+        "vsock://3:-1",
+        "vsock://3:4294967295",
+        "vsock://3:1/x",
     ],
 )
 def test_bad_listener(text: str) -> None:
@@ -100,6 +110,47 @@ async def test_a_socket_file_of_somebody_else_is_not_removed(tmp_path: Path) -> 
     path.write_text("new owner")
     await server.stop()
     assert path.read_text() == "new owner"
+
+
+async def test_vsock_listens() -> None:
+    """Whether a guest reaches it can't be seen from here: parsed, bound, and listening is all that is tested."""
+    try:
+        socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+    except OSError as error:
+        unavailable(f"this kernel has no AF_VSOCK: {error.strerror}")
+    server = Server(MemorySource({}))
+    await server.start([Listener.parse("vsock://any:40809")])
+    assert [str(listener) for listener in server.listeners] == ["vsock://any:40809"]
+    with pytest.raises(OSError, match="can't listen on vsock://any:40809"):
+        await Server(MemorySource({})).start([Listener.parse("vsock://any:40809")])
+    await server.stop()
+
+
+async def test_sockets_that_listen_already_are_taken_and_their_files_left(tmp_path: Path) -> None:
+    path = tmp_path / "handed.sock"
+    handed = socket.socket(socket.AF_UNIX)
+    handed.bind(str(path))
+    handed.listen()
+    server = Server(MemorySource({}))
+    await server.start([Listener.parse("tcp://127.0.0.1:0")], [handed])
+    assert str(server.listeners[0]) == f"unix://{path}"
+    for listener in server.listeners:
+        async with connected(str(listener)):
+            pass
+    await server.stop()
+    assert path.exists(), "it belongs to whoever made it"
+
+
+@pytest.mark.parametrize("kind", ["datagram", "silent"])
+async def test_a_socket_that_does_not_listen_is_refused_and_nothing_stays_open(tmp_path: Path, kind: str) -> None:
+    good = socket.socket(socket.AF_UNIX)
+    good.bind(str(tmp_path / "good"))
+    good.listen()
+    bad = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM)
+    with pytest.raises(ValueError, match="not a stream socket that listens"):
+        await Server(MemorySource({})).start([Listener(path=str(tmp_path / "own"))], [good, bad])
+    assert (good.fileno(), bad.fileno()) == (-1, -1)
+    assert not (tmp_path / "own").exists()
 
 
 async def test_taken_port() -> None:
@@ -344,7 +395,7 @@ async def test_no_descriptors_left(
     monkeypatch.setattr("nbdserver.server.ACCEPT_PAUSE_SECONDS", 0.01)
     async with serve_volume(MemoryVolume("disk", MIB), tmp_path) as served, served.attached() as client:
         server = served.server
-        (sock, _) = server._sockets[0]
+        (sock, _) = server._listening.sockets[0]
         taken: list[int] = []
 
         class Exhausted:

@@ -18,8 +18,8 @@ import pytest
 
 from nbdserver import cli_admin
 from nbdserver.cli import main
-from nbdserver.server import Listener
-from nbdserver.service import ServePlan, exposed, places
+from nbdserver.listening import Listener
+from nbdserver.service import Places, ServePlan, exposed, places
 from objstore.errors import Busy, InvalidRequest
 from objstore.units import MIB
 from objstore.volume.settings import StoreSettings
@@ -457,20 +457,23 @@ def test_zones_that_somebody_holds_without_answering_are_busy(
 
 
 def test_default_listeners_and_control_socket(tmp_path: Path, runtime: Path) -> None:
-    listeners, control = places(ServePlan(zones=[tmp_path / "a"]))
+    where = places(ServePlan(zones=[tmp_path / "a"]))
     directory = runtime / "sheepfold"
-    assert [str(listener) for listener in listeners] == [f"unix://{directory}/sheepfold.sock", "tcp://127.0.0.1:10809"]
-    assert control.parent == directory
+    shown = [str(listener) for listener in where.listeners]
+    assert shown == [f"unix://{directory}/sheepfold.sock", "tcp://127.0.0.1:10809"]
+    assert where.control.parent == directory
 
 
 def test_nothing_is_made_where_every_place_is_given(tmp_path: Path, runtime: Path) -> None:
     control = tmp_path / "control.sock"
     plan = ServePlan(zones=[tmp_path / "a"], listen=["tcp://[::1]:10810"], control=control)
-    assert places(plan) == ([Listener(host="::1", port=10810)], control)
+    assert places(plan) == Places([Listener(host="::1", port=10810)], control, [])
     assert list(runtime.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "disk", "unix://relative", "unix:///a?b", "unix:///a#b", "tcp://", "tcp://h:x"])
+@pytest.mark.parametrize(
+    "text", ["", "disk", "unix://relative", "unix:///a?b", "unix:///a#b", "tcp://", "tcp://h:x", "vsock://x:1"]
+)
 def test_listeners_that_mean_nothing_are_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         places(ServePlan(zones=[tmp_path], listen=[text], control=tmp_path / "c"))
@@ -489,6 +492,8 @@ def test_listeners_that_mean_nothing_are_named(tmp_path: Path, text: str) -> Non
         ("tcp://[::]:1", True),
         ("tcp://192.0.2.1:1", True),
         ("tcp://storage.example:1", True),
+        ("vsock://any:1", True),
+        ("vsock://1:1", False),
     ],
 )
 def test_a_listener_for_other_hosts_is_warned_about(

@@ -39,6 +39,8 @@ PACKAGES = {
     "modprobe": "kmod",
     "depmod": "kmod",
     "cpio": "cpio",
+    "systemd-analyze": "systemd",
+    "systemd-socket-activate": "systemd",
 }
 """Debian's package of each program."""
 
