@@ -14,6 +14,7 @@ EXIT_CODES: Final[dict[type[errors.StoreError], int]] = {
     errors.NotFound: 3,
     errors.Exists: 4,
     errors.Busy: 5,
+    errors.Suspended: 5,
     errors.NoSpace: 6,
     errors.Unavailable: 7,
     errors.Corrupt: 8,

@@ -217,8 +217,16 @@ def _add_snapshot_commands(commands: "argparse._SubParsersAction[Parser]") -> No
     _add_force(resize)
     rollback = commands.add_parser("rollback", help="make a VDI what it was at a snapshot")
     rollback.add_argument("name", metavar="NAME@TAG", type=_argument(_snapshot_name))
+    rollback.add_argument(
+        "--force",
+        action="store_true",
+        help="even if it is attached: close its clients' connections first, and let nobody in until `vdi resume`",
+    )
     _add_common(rollback)
-    _add_force(rollback)
+    resume = commands.add_parser("resume", help="let clients in again after a change that was forced")
+    resume.add_argument("name", metavar="NAME", type=_argument(_name))
+    _add_common(resume)
+    _add_force(resume)
     tree = commands.add_parser("tree", help="show which VDI or snapshot comes from which")
     tree.add_argument("--dot", action="store_true", help="print a graph in the DOT language (Graphviz)")
     _add_common(tree)

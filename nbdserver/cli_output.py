@@ -48,7 +48,7 @@ def vdi_table(vdis: Sequence[VdiStatus]) -> str:
             format_size(vdi.live_bytes),
             str(vdi.copies),
             vdi.mode,
-            vdi.state,
+            "suspended" if vdi.suspended else vdi.state,
             str(vdi.attached),
         )
         for vdi in vdis
@@ -66,6 +66,7 @@ def vdi_details(vdi: VdiStatus) -> str:
             ("copies", str(vdi.copies)),
             ("mode", vdi.mode),
             ("state", vdi.state + (f": {vdi.reason}" if vdi.reason else "")),
+            *([("suspended", f"{vdi.suspended}; `vdi resume` ends it")] if vdi.suspended else []),
             ("attached", str(vdi.attached)),
             ("dirty", format_size(vdi.dirty_bytes)),
             ("last flush", "none since the store was opened" if vdi.last_flush is None else _moment(vdi.last_flush)),

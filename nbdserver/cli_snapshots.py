@@ -68,11 +68,18 @@ def resize(admin: Admin, arguments: argparse.Namespace) -> None:
 def rollback(admin: Admin, arguments: argparse.Namespace) -> None:
     """`vdi rollback`."""
     with progress(f"going back to {arguments.name}"):
-        undo = admin.rollback(arguments.name)
+        undo = admin.rollback(arguments.name, force=arguments.force)
     if arguments.json:
         print_json(undo)
-    else:
-        print(f"{undo.vdi} is as it was at {arguments.name}; what it was before is {undo.name}")
+        return
+    print(f"{undo.vdi} is as it was at {arguments.name}; what it was before is {undo.name}")
+    if arguments.force:
+        print(f"no client gets in until `sheepfold vdi resume {undo.vdi}`")
+
+
+def resume(admin: Admin, arguments: argparse.Namespace) -> None:
+    """`vdi resume`."""
+    show(admin.resume(arguments.name), vdi_details, as_json=arguments.json)
 
 
 COMMANDS = {
@@ -85,4 +92,5 @@ COMMANDS = {
     "rename": rename,
     "resize": resize,
     "rollback": rollback,
+    "resume": resume,
 }

@@ -36,7 +36,7 @@ from objstore.access.api import (
     http_status,
 )
 from objstore.errors import Busy, Corrupt, InvalidRequest, StoreError
-from objstore.volume.base import VolumeSource
+from objstore.volume.base import Holder, VolumeSource
 from objstore.volume.status import (
     JobStatus,
     RecoveryStatus,
@@ -62,6 +62,8 @@ class ControlledStore(VolumeSource, Protocol):
     """What the control API needs of a store."""
 
     @property
+    def holders(self) -> list[Holder]: ...
+    @property
     def jobs(self) -> JobsOfStore: ...
     async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus: ...
     @property
@@ -85,7 +87,8 @@ class ControlledStore(VolumeSource, Protocol):
     ) -> VdiStatus: ...
     async def rename(self, name: str, new: str) -> VdiStatus: ...
     async def resize(self, name: str, size_bytes: int) -> VdiStatus: ...
-    async def rollback(self, name: str) -> SnapshotStatus: ...
+    async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus: ...
+    async def resume(self, name: str) -> VdiStatus: ...
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus: ...
     async def damage(self, name: str) -> VdiDamage: ...
     async def start_scrub(self) -> ScrubStatus: ...
@@ -107,6 +110,7 @@ class ControlServer:
         self._server_status = server_status
         self._path: Path | None = None
         self._sessions = Sessions(store)
+        store.holders.append(self._sessions)
         owners = (self, AttributeOperations(store.attributes), JobOperations(store.jobs), self._sessions, *more)
         handlers = [pair for owner in owners for pair in operations(owner)]
         self.operations = [found for found, _ in handlers]
@@ -187,9 +191,15 @@ class ControlServer:
         return await self._store.resize(name, body.size_bytes)
 
     @operation("POST", "/v1/snapshots/{name}/rollback")
-    async def rollback(self, name: str) -> SnapshotStatus:
-        """Make a VDI what it was at a snapshot; a snapshot of what it was just now is the answer."""
-        return await self._store.rollback(name)
+    async def rollback(self, name: str, force: bool = False) -> SnapshotStatus:
+        """Make a VDI what it was at a snapshot; a snapshot of what it was just now is the answer. force: its clients
+        are disconnected first, and nobody may open it until it is resumed."""
+        return await self._store.rollback(name, force=force)
+
+    @operation("POST", "/v1/vdis/{name}/resume")
+    async def resume(self, name: str) -> VdiStatus:
+        """Let clients open a VDI again that a forced change has suspended."""
+        return await self._store.resume(name)
 
     @operation("POST", "/v1/clones", status=201)
     async def clone(self, body: Clone) -> VdiStatus:

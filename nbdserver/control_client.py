@@ -122,8 +122,13 @@ class ControlClient:
     def resize(self, name: str, size_bytes: int) -> VdiStatus:
         return self._ask("PUT", _vdi_path(name) + "/size", VdiStatus, NewSize(size_bytes=size_bytes))
 
-    def rollback(self, name: str) -> SnapshotStatus:
-        return self._ask("POST", _snapshot_path(name) + "/rollback", SnapshotStatus)
+    def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
+        return self._ask(
+            "POST", f"{_snapshot_path(name)}/rollback?force={'true' if force else 'false'}", SnapshotStatus
+        )
+
+    def resume(self, name: str) -> VdiStatus:
+        return self._ask("POST", _vdi_path(name) + "/resume", VdiStatus)
 
     def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         return self._ask("PUT", _snapshot_path(name), SnapshotStatus, Protection(protected=protected))

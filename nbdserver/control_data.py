@@ -28,7 +28,7 @@ from objstore.access.api import (
 )
 from objstore.access.local_vdi import LocalVdi
 from objstore.errors import Fenced, InvalidRequest
-from objstore.volume.base import VolumeSource
+from objstore.volume.base import Volume, VolumeSource
 from objstore.volume.status import JobStatus
 
 BODIES_MAX: Final = 32
@@ -157,6 +157,11 @@ class Sessions:
         handles[handle] = vdi
         return Handle(handle=handle, size_bytes=vdi.size_bytes, read_only=vdi.read_only, description=vdi.description)
 
+    async def give_up(self, volume: Volume, reason: str) -> None:
+        """See Holder. The handles stay known, so that whoever uses one hears why it is dead."""
+        for vdi in [vdi for handles in self._handles.values() for vdi in handles.values() if vdi.volume is volume]:
+            await vdi.fence(reason)
+
     async def _give_back(self, vdi: LocalVdi) -> None:
         await self._source.close(vdi.volume)
 
@@ -226,7 +231,9 @@ class Sessions:
     @operation("GET", "/v1/handles/{handle}/extents")
     async def list_extents(self, handle: str, offset_bytes: int, length_bytes: int) -> list[ExtentReply]:
         """The state of a range from its start; may cover less than was asked for, at least one byte."""
-        found = await self._vdi(handle).volume.extents(offset_bytes, length_bytes, extents_max=EXTENTS_MAX)
+        vdi = self._vdi(handle)
+        vdi.check_range(offset_bytes, length_bytes)
+        found = await vdi.volume.extents(offset_bytes, length_bytes, extents_max=EXTENTS_MAX)
         return [ExtentReply(length_bytes=one.length_bytes, hole=one.hole, zero=one.zero) for one in found]
 
 

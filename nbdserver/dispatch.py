@@ -70,6 +70,7 @@ ERRORS: Final[Sequence[tuple[type[Exception], ErrorValue, OptionReply]]] = (
     (errors.Exists, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
     (errors.FormatError, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
     (errors.Busy, ErrorValue.EIO, OptionReply.ERR_POLICY),
+    (errors.Suspended, ErrorValue.EIO, OptionReply.ERR_POLICY),
     (errors.Fenced, ErrorValue.EIO, OptionReply.ERR_POLICY),
     (errors.Stopping, ErrorValue.EIO, OptionReply.ERR_SHUTDOWN),
 )

@@ -303,6 +303,9 @@ class Handshake:
         if info is None:
             text = f"no such export {request.name!r}" if request.name else "there is no default export"
             self._error(OptionReply.ERR_UNKNOWN, text)
+        elif info.refused:
+            self._error(OptionReply.ERR_POLICY, info.refused)
+            return None
         return info
 
     def _describe(self, info: VolumeInfo) -> None:

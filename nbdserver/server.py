@@ -106,6 +106,16 @@ class Server:
             if volume is not None:
                 await self._flush_and_close(volume)
 
+    async def give_up(self, volume: Volume, reason: str) -> None:
+        """See Holder."""
+        tasks = []
+        for connection, task in self._connections.items():
+            if connection.volume is volume:
+                connection.revoke(reason)
+                tasks.append(task)
+        if tasks:
+            await asyncio.wait(tasks)
+
     async def _hold(self, name: str) -> Volume | None:
         """Keep a volume open for its last flush."""
         try:

@@ -115,6 +115,7 @@ async def _serve_store(
         listen = [str(listener) for listener in server.listeners]
         return ServerStatus(pid=os.getpid(), listen=listen, clients=len(server.clients()))
 
+    store.holders.append(server)
     control_server = ControlServer(store, server_status, [ClientOperations(server)])
     try:
         await control_server.start(where.control, where.control_socket)

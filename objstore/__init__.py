@@ -29,6 +29,7 @@ from objstore.errors import (
     ReadOnly,
     Stopping,
     StoreError,
+    Suspended,
     Unavailable,
 )
 from objstore.version import VERSION
@@ -82,6 +83,7 @@ __all__ = [
     "StoreError",
     "StoreSettings",
     "StoreStatus",
+    "Suspended",
     "Unavailable",
     "VdiDamage",
     "VdiFile",

@@ -6,6 +6,7 @@
       NotFound            no such VDI, snapshot or object
       Exists              the name is taken
       Busy                another process or client holds it
+      Suspended           the VDI was changed under its clients; nobody may open it until it is resumed
       ReadOnly            a snapshot, or opened read-only; nothing done
       NoSpace             the zones are full; nothing done
       NotSupported        the request can't be done the cheap way that was asked for (FAST_ZERO)
@@ -44,6 +45,10 @@ class Exists(StoreError):
 
 class Busy(StoreError):
     """Another process or client holds it."""
+
+
+class Suspended(StoreError):
+    """The VDI was changed under its clients, whose caches are older than it is: nobody may open it until `resume`."""
 
 
 class ReadOnly(StoreError):

@@ -231,6 +231,7 @@ STATUS_OF_ERROR: Final[dict[type[errors.StoreError], int]] = {
     errors.NotFound: 404,
     errors.Exists: 409,
     errors.Busy: 423,
+    errors.Suspended: 423,
     errors.NotSupported: 501,
     errors.Unavailable: 503,
     errors.Stopping: 503,

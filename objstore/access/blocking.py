@@ -227,6 +227,26 @@ class BlockingConnection:
         """See Connection."""
         return self._runner.run(self._connection.damage(name))
 
+    def clone(self, source: str, name: str, *, copies: int | None = None, mode: str | None = None) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.clone(source, name, copies=copies, mode=mode))
+
+    def rename(self, name: str, new: str) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.rename(name, new))
+
+    def resize(self, name: str, size_bytes: int) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.resize(name, size_bytes))
+
+    def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.rollback(name, force=force))
+
+    def resume(self, name: str) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.resume(name))
+
     def snapshots(self, name: str | None = None) -> Iterator[SnapshotStatus]:
         """See Connection."""
         return self._runner.each(self._connection.snapshots(name))

@@ -68,6 +68,29 @@ class Connection(ABC):
     async def damage(self, name: str) -> VdiDamage:
         """The parts of a VDI that no zone has whole, as far as is known."""
 
+    @abstractmethod
+    async def clone(self, source: str, name: str, *, copies: int | None = None, mode: str | None = None) -> VdiStatus:
+        """Create a VDI that begins as a snapshot (NAME@TAG, NAME@INDEX), or as a VDI is now; durable on return. copies,
+        mode: default as there."""
+
+    @abstractmethod
+    async def rename(self, name: str, new: str) -> VdiStatus:
+        """Give a VDI, open or not, another name; its snapshots and attributes go with it."""
+
+    @abstractmethod
+    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+        """Make a VDI, open or not, larger; what is new reads as zeros. Open handles keep the size that they have."""
+
+    @abstractmethod
+    async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
+        """Make a VDI what it was at a snapshot of it (NAME@TAG, NAME@INDEX); the answer is a new snapshot of what it
+        was just now. Busy: it is open. force: close it first, whoever has it open (handles are Fenced from then on);
+        nobody may open it then (Suspended) until `resume`."""
+
+    @abstractmethod
+    async def resume(self, name: str) -> VdiStatus:
+        """Let a VDI be opened again that a forced change has suspended; nothing if it is not."""
+
     # -- snapshots ----------------------------------------------------------------------------------------------
 
     @abstractmethod

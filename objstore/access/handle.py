@@ -7,7 +7,7 @@ from typing import Final
 from objstore.access import transfer
 from objstore.access.buffers import Buffer, cut, readable, writable
 from objstore.access.transfer import Hole, Stream
-from objstore.errors import InvalidRequest, OutOfRange, ReadOnly
+from objstore.errors import Fenced, InvalidRequest, OutOfRange, ReadOnly
 from objstore.volume.base import Extent
 
 MAP_EXTENTS_MAX: Final = 1 << 12
@@ -35,6 +35,8 @@ class VdiHandle(ABC):
         """Mode and copies, for people."""
         self.read_only = read_only
         self.closed = False
+        self.fenced: Fenced | None = None
+        """Why it was closed by somebody else; None: it was not."""
 
     async def __aenter__(self) -> "VdiHandle":
         return self
@@ -193,7 +195,7 @@ class VdiHandle(ABC):
 
     def _check(self, offset_bytes: int, length_bytes: int) -> None:
         if self.closed:
-            raise InvalidRequest(f"the handle of VDI {self.name!r} was closed")
+            raise self.fenced or InvalidRequest(f"the handle of VDI {self.name!r} was closed")
         if offset_bytes < 0 or length_bytes < 0:
             raise InvalidRequest(f"impossible range offset={offset_bytes} length={length_bytes}")
         if offset_bytes + length_bytes > self.size_bytes:

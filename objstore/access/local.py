@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
 from objstore.access.local_vdi import LocalVdi
+from objstore.volume.base import Volume
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
     JobStatus,
@@ -29,11 +30,17 @@ class LocalConnection(Connection):
     def __init__(self, store: Store) -> None:
         self.store = store
         self.handles: set[LocalVdi] = set()
+        store.holders.append(self)
 
     async def _open(self, name: str, read_only: bool) -> VdiHandle:
         handle = LocalVdi(await self.store.open(name), self._give_back, read_only=read_only)
         self.handles.add(handle)
         return handle
+
+    async def give_up(self, volume: Volume, reason: str) -> None:
+        """See Holder."""
+        for handle in [handle for handle in self.handles if handle.volume is volume]:
+            await handle.fence(reason)
 
     async def _give_back(self, handle: LocalVdi) -> None:
         self.handles.discard(handle)
@@ -65,6 +72,26 @@ class LocalConnection(Connection):
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""
         return await self.store.damage(name)
+
+    async def clone(self, source: str, name: str, *, copies: int | None = None, mode: str | None = None) -> VdiStatus:
+        """See Connection."""
+        return await self.store.clone(source, name, copies=copies, mode=mode)
+
+    async def rename(self, name: str, new: str) -> VdiStatus:
+        """See Connection."""
+        return await self.store.rename(name, new)
+
+    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+        """See Connection."""
+        return await self.store.resize(name, size_bytes)
+
+    async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
+        """See Connection."""
+        return await self.store.rollback(name, force=force)
+
+    async def resume(self, name: str) -> VdiStatus:
+        """See Connection."""
+        return await self.store.resume(name)
 
     async def snapshots(self, name: str | None = None) -> AsyncIterator[SnapshotStatus]:
         """See Connection."""

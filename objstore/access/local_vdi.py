@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from objstore.access.handle import MAP_EXTENTS_MAX, VdiHandle
+from objstore.errors import Fenced
 from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Volume
 
 CALLS_AT_ONCE: Final = 32
@@ -37,6 +38,8 @@ class LocalVdi(VdiHandle):
         self._calls += 1
         if self._calls >= CALLS_AT_ONCE:
             await self._give_way()
+        if self.closed:
+            self._check(0, 0)  # the handle may have been closed between two pieces
         zeros = self.volume.read_now(offset, len(view), view)
         if zeros < 0:
             zeros = await self.volume.read(offset, len(view), view)
@@ -45,6 +48,10 @@ class LocalVdi(VdiHandle):
 
     async def _write(self, offset: int, view: memoryview, writeback: bool | None) -> None:
         await self.put(offset, view, writeback, self._alive)
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise what a question about that range would, as far as the handle itself knows."""
+        self._check(offset, length)
 
     def check_change(self, offset: int, length: int) -> None:
         """Raise what a change of that range would, as far as the handle itself knows."""
@@ -79,7 +86,14 @@ class LocalVdi(VdiHandle):
         self._flushes = True
 
     async def _extents(self, offset: int, length: int) -> list[Extent]:
+        self._check(0, 0)
         return await self.volume.extents(offset, length, extents_max=MAP_EXTENTS_MAX)
+
+    async def fence(self, reason: str) -> None:
+        """Close the handle under its user; every later call is Fenced with that reason."""
+        if not self.closed:
+            self.fenced = Fenced(f"VDI {self.name!r}: {reason}")
+        await self.close()
 
     async def _close(self) -> None:
         await self._give_back(self)

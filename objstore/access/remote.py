@@ -14,11 +14,14 @@ from yarl import URL
 from objstore.access.api import (
     DATA_BYTES_MAX,
     AttributeReply,
+    Clone,
     Copies,
     CreateVdi,
     ErrorReply,
     ExtentReply,
     Handle,
+    NewName,
+    NewSize,
     OpenHandle,
     Protection,
     Range,
@@ -236,6 +239,28 @@ class RemoteConnection(Connection):
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""
         return await self.http.ask("GET", f"{_path(name)}/damage", VdiDamage)
+
+    async def clone(self, source: str, name: str, *, copies: int | None = None, mode: str | None = None) -> VdiStatus:
+        """See Connection."""
+        body = Clone(source=source, name=name, copies=copies, mode=mode)
+        return await self.http.ask("POST", "/v1/clones", VdiStatus, body)
+
+    async def rename(self, name: str, new: str) -> VdiStatus:
+        """See Connection."""
+        return await self.http.ask("PUT", f"{_path(name)}/name", VdiStatus, NewName(name=new))
+
+    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+        """See Connection."""
+        return await self.http.ask("PUT", f"{_path(name)}/size", VdiStatus, NewSize(size_bytes=size_bytes))
+
+    async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
+        """See Connection."""
+        query = {"force": "true" if force else "false"}
+        return await self.http.ask("POST", f"{_snapshot_path(name)}/rollback", SnapshotStatus, query=query)
+
+    async def resume(self, name: str) -> VdiStatus:
+        """See Connection."""
+        return await self.http.ask("POST", f"{_path(name)}/resume", VdiStatus)
 
     async def snapshots(self, name: str | None = None) -> AsyncIterator[SnapshotStatus]:
         """See Connection."""

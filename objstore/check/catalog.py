@@ -115,6 +115,7 @@ class Catalog:
             raise Damaged(f"the catalog describes a VDI as {fields!r}")
         base = member(fields, "base", int) if "base" in fields else 0
         name, hidden = member(fields, "name", str), bool(fields.get("hidden", False))
+        member(fields | {"suspended": fields.get("suspended", "")}, "suspended", str)
         self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden)
         self.next_log = max(self.next_log, log + 1)
         if hidden:

@@ -13,7 +13,8 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaul
     """A VDI is created (or its description replaced).
 
     base: the snapshot whose map its own began with, 0 = it began empty. hidden: it was deleted, its name is free, but
-    its log stays for its snapshots. emptied: and its own data is discarded already.
+    its log stays for its snapshots. emptied: and its own data is discarded already. suspended: why nobody may open it;
+    "" = anybody may.
     """
 
     vdi_id: int
@@ -27,6 +28,7 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaul
     base: int = 0
     hidden: bool = False
     emptied: bool = False
+    suspended: str = ""
 
 
 class DeleteEntry(msgspec.Struct, frozen=True, tag="delete", kw_only=True):

@@ -135,6 +135,15 @@ class Volume(Protocol):
         ...
 
 
+class Holder(Protocol):
+    """Who opens volumes of a source for others and can be made to give one back."""
+
+    async def give_up(self, volume: Volume, reason: str) -> None:
+        """Close every connection and handle that has this volume open; nothing that was asked for through one of them
+        and has not happened yet happens any more. Returns when all of them are closed."""
+        ...
+
+
 class VolumeSource(Protocol):
     """Where the network side gets its volumes by name (a store; in tests a dictionary of memory volumes)."""
 
@@ -156,9 +165,10 @@ class VolumeSource(Protocol):
 
 
 class VolumeInfo(NamedTuple):
-    """What a client may know before it enters transmission."""
+    """What a client may know before it enters transmission. refused: why nobody may; empty: it may be opened."""
 
     name: str
     size_bytes: int
     read_only: bool
     description: str
+    refused: str = ""

@@ -75,23 +75,42 @@ class ChangeOperations(CloneOperations):
 
     # -- rolling back -------------------------------------------------------------------------------------------
 
-    async def rollback(self, name: str) -> SnapshotStatus:
+    async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
         """Make a VDI what it was at its snapshot NAME@TAG or NAME@INDEX; the answer is a new snapshot of what it was
         just now, to go back to. NotFound: it is no snapshot, or its VDI was deleted; Busy: the VDI is attached;
-        NoSpace; Unavailable."""
+        NoSpace; Unavailable.
+
+        force: close first whatever has the VDI open; then nobody may open it until `resume`, since clients that come
+        back by themselves have caches of what it was.
+        """
         snapshot = self.find_snapshot(name)
-        self._check_detached(self._entry_of(snapshot.vdi_id))
-        undo = await self._own(self._rollback(snapshot.snapshot_id, snapshot.vdi_id))
+        entry = self._entry_of(snapshot.vdi_id)
+        if not force:
+            self._check_detached(entry)
+            undo = await self._own(self._rollback(snapshot.snapshot_id, snapshot.vdi_id))
+        else:
+            undo = await self._own(self._rollback_forced(entry, snapshot, f"it was rolled back to {name}"))
         return self._snapshot_status(undo)
 
-    def _check_detached(self, entry: VdiEntry) -> None:
-        vdi = self._open.get(entry.vdi_id)
-        if vdi is not None and vdi.attached:
-            raise Busy(f"VDI {entry.name!r} is attached by {vdi.attached} connections")
+    async def _rollback_forced(self, entry: VdiEntry, snapshot: SnapshotEntry, reason: str) -> SnapshotEntry:
+        async with self._without_clients(entry, reason):
+            return await self._rollback(snapshot.snapshot_id, entry.vdi_id, reason)
 
-    async def _rollback(self, snapshot_id: int, vdi_id: int) -> SnapshotEntry:
+    async def resume(self, name: str) -> VdiStatus:
+        """Let clients open a VDI again that a forced change has suspended. NotFound."""
+        entry = self._entry(name)
+        await self._own(self._resume(entry.vdi_id))
+        return self.vdi(name)
+
+    async def _resume(self, vdi_id: int) -> None:
+        async with self._change:
+            entry = self._entry_of(vdi_id)
+            if entry.suspended:
+                await self.catalog.commit(replace(entry, suspended=""))
+
+    async def _rollback(self, snapshot_id: int, vdi_id: int, suspended: str = "") -> SnapshotEntry:
         """A clone of the snapshot takes the VDI's place; what was there stays as a VDI that is deleted and has the
-        snapshot to go back to."""
+        snapshot to go back to. suspended: the VDI is so from then on, and why; "" = as it was."""
         state = self.catalog.state
         undo = await self._take(self._entry_of(vdi_id), hidden=True)
         try:
@@ -103,10 +122,16 @@ class ChangeOperations(CloneOperations):
                     raise NotFound("the snapshot was deleted")
                 if undo.log != entry.log or vdi_id in self._opening or vdi_id in self._closing:
                     raise Busy(f"VDI {entry.name!r} is in use")
-                former = replace(entry, vdi_id=state.next_vdi, hidden=True, prealloc=False)
+                former = replace(entry, vdi_id=state.next_vdi, hidden=True, prealloc=False, suspended="")
                 index = max((s.index for s in state.snapshots_named(entry.name)), default=0) + 1
                 shown = replace(state.snapshots[undo.snapshot_id], hidden=False, index=index)
-                begun = replace(entry, log=state.next_log, base=target.snapshot_id, size_bytes=target.size_bytes)
+                begun = replace(
+                    entry,
+                    log=state.next_log,
+                    base=target.snapshot_id,
+                    size_bytes=target.size_bytes,
+                    suspended=suspended or entry.suspended,
+                )
                 with self._changing_place(former.vdi_id, begun):
                     await self.catalog.commit(begun, former, shown)
         except BaseException:

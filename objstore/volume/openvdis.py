@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from objstore.errors import NotFound, ReadOnly, Stopping, StoreError
+from objstore.errors import Busy, NotFound, ReadOnly, Stopping, StoreError, Suspended
 from objstore.format.catalog import Entry, HeadEntry, SnapshotEntry, VdiEntry
 from objstore.log.root import Root, of_clone
 from objstore.log.takeover import Copied
-from objstore.volume.base import Volume
+from objstore.volume.base import Holder, Volume
 from objstore.volume.damaged import DamageLists
 from objstore.volume.frozen import FrozenVolume, open_snapshot, snapshot_root
 from objstore.volume.opening import FrozenAt, close_disk, drop_garbage, open_disk, rows_of, tail_rows
@@ -50,6 +50,10 @@ class OpenVdis:
         """Held while a change of the catalog that others could contradict is looked at and committed."""
         self._changing: dict[int, asyncio.Future[None]] = {}
         """VDIs that are just given another log, until that is done."""
+        self.holders: list[Holder] = []
+        """Whoever opens VDIs for others; a change that they must not survive makes them give up what they have open."""
+        self._kept_out: dict[int, str] = {}
+        """VDIs that nobody may open just now, and why."""
         self._parents: dict[int, AsyncExitStack] = {}
         """By vdi id of an open clone: what keeps the VDI open that it is a clone of."""
         self._frozen: dict[int, FrozenVolume] = {}
@@ -70,9 +74,44 @@ class OpenVdis:
             vdi = await self._vdi(entry)
             if self._open.get(entry.vdi_id) is vdi:  # else it was closed, or rolled back, in the same moment
                 break
+        refused = self.refused(self.catalog.state.vdis[entry.vdi_id])
+        if refused:
+            raise Suspended(refused)
         vdi.attached += 1
         self._open_preallocated()
         return vdi
+
+    def refused(self, entry: VdiEntry) -> str:
+        """Why nobody may open a VDI now; empty: anybody may."""
+        if entry.vdi_id in self._kept_out:
+            return f"VDI {entry.name!r} is closed to clients for a moment: {self._kept_out[entry.vdi_id]}"
+        if entry.suspended:
+            name = entry.name
+            return f"VDI {name!r} is suspended: {entry.suspended}; `sheepfold vdi resume {name}` lets clients in again"
+        return ""
+
+    @asynccontextmanager
+    async def _without_clients(self, entry: VdiEntry, reason: str) -> AsyncIterator[None]:
+        """Make everybody close a VDI, and keep everybody out until the end of this. Busy: somebody has it open who
+        can't be made to close it, or another change keeps clients out."""
+        vdi_id = entry.vdi_id
+        if vdi_id in self._kept_out:
+            raise Busy(f"VDI {entry.name!r} is just being changed: {self._kept_out[vdi_id]}")
+        self._kept_out[vdi_id] = reason
+        try:
+            vdi = self._open.get(vdi_id)
+            if vdi is not None:
+                await asyncio.gather(*(holder.give_up(vdi, reason) for holder in self.holders))
+                self._check_detached(entry)
+                await vdi.quiet()
+            yield
+        finally:
+            del self._kept_out[vdi_id]
+
+    def _check_detached(self, entry: VdiEntry) -> None:
+        vdi = self._open.get(entry.vdi_id)
+        if vdi is not None and vdi.attached:
+            raise Busy(f"VDI {entry.name!r} is attached by {vdi.attached} connections")
 
     def find_snapshot(self, name: str) -> SnapshotEntry:
         """The snapshot that is called NAME@TAG or NAME@INDEX. NotFound."""

@@ -38,6 +38,8 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     0 while it is closed."""
     damaged_bytes: int = 0
     """Bytes that no zone has whole, as far as reads and scrubs have found; `vdi damage` says which."""
+    suspended: str = ""
+    """Why nobody may open it until `vdi resume`; empty: anybody may."""
 
 
 class SnapshotStatus(Struct, frozen=True, kw_only=True):

@@ -105,7 +105,8 @@ class Store(ChangeOperations):
             return None
         entry = self.catalog.state.vdis[vdi_id]
         copies = "1 copy" if entry.copies == 1 else f"{entry.copies} copies"
-        return VolumeInfo(name, entry.size_bytes, False, f"{entry.mode}, {copies}")
+        refused = self.refused(entry)
+        return VolumeInfo(name, entry.size_bytes, False, refused or f"{entry.mode}, {copies}", refused)
 
     # -- administration -----------------------------------------------------------------------------------------
 
@@ -267,6 +268,7 @@ class Store(ChangeOperations):
             parent=self._parent_name(entry),
             kept_bytes=vdi.disk.held_blocks << BLOCK_SHIFT if vdi is not None else 0,
             damaged_bytes=self._damaged_bytes(entry.log, vdi),
+            suspended=entry.suspended,
         )
 
     def _damaged_bytes(self, log_number: int, vdi: Vdi | None) -> int:

@@ -5,7 +5,7 @@ import msgspec
 from objstore.errors import Busy, Exists, InvalidRequest, NoSpace, NotFound
 from objstore.names import check_name
 from objstore.units import GIB, TIB
-from objstore.volume.base import Volume, VolumeInfo
+from objstore.volume.base import Holder, Volume, VolumeInfo
 from objstore.volume.memory import MemoryVolume
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
@@ -65,6 +65,7 @@ class FakeStore:
         self._snapshots: dict[str, SnapshotStatus] = {}
         self.attached: set[str] = set()
         self.scrubs = 0
+        self.holders: list[Holder] = []
         self.attributes = FakeAttributes()
         self.jobs = FakeJobs()
         self.rate = 0
@@ -201,7 +202,10 @@ class FakeStore:
         self._vdis[name] = msgspec.structs.replace(self.vdi(name), size_bytes=size_bytes)
         return self._vdis[name]
 
-    async def rollback(self, name: str) -> SnapshotStatus:
+    async def resume(self, name: str) -> VdiStatus:
+        return self.vdi(name)
+
+    async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
         return (await self.create_snapshot(self.snapshot(name).vdi)).snapshot
 
     async def delete_snapshot(self, name: str) -> None:

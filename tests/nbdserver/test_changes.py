@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+import objstore
 from nbdserver.cli import main
 from objstore.units import MIB
 from tests.nbdserver.test_service import fails, runtime, serving, sheepfold, zones
-from tests.support.nbd_client import attached
+from tests.support.channel import Disconnected
+from tests.support.nbd_client import attached, connected, export_request
+from tests.support.nbd_spec import Option, Rep
 
 __all__ = ["runtime", "zones"]
 
@@ -55,3 +58,51 @@ async def test_changes_of_a_disk_that_is_in_use(
     assert await asyncio.to_thread(main, ["vdi", "rollback", "new@2", "--zone", zones[0]]) == 0
     assert "what it was before is new@3" in capsys.readouterr().out
     assert (await ask("info", "new"))["size_bytes"] == 32 * MIB
+
+
+async def test_a_forced_rollback_disconnects_clients_and_keeps_them_out_until_resumed(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def ask(*arguments: str) -> Any:
+        return await asyncio.to_thread(sheepfold, capsys, "vdi", *arguments, "--zone", zones[0])
+
+    with serving(tmp_path, zones, "--vdi", "disk:16M") as server:
+        server.exports(1)
+        socket = objstore.control_socket(zones[0])
+        async with (
+            attached(server.address, "disk") as client,
+            objstore.connect(socket=socket) as library,
+            library.open("disk") as handle,
+        ):
+            await client.write(0, A)
+            await ask("snapshot", "disk", "s")
+            await client.write(0, B)
+            assert (await ask("rollback", "disk@s", "--force"))["name"] == "disk@2"
+            with pytest.raises(Disconnected):
+                await client.write(0, B)
+            for stale in (handle.write(0, B), handle.read(0, 1), handle.flush()):
+                with pytest.raises(objstore.Fenced, match="rolled back"):
+                    await stale
+            with pytest.raises(objstore.Fenced, match="rolled back"):
+                _ = [extent async for extent in handle.map()]
+            with pytest.raises(objstore.Suspended, match="resume"):
+                await library.open("disk")
+        assert server.stop() == (0, "")
+    with serving(tmp_path, zones) as server:
+        server.exports(1)
+        async with connected(server.address) as client:
+            for option in (Option.INFO, Option.GO):
+                (reply,) = await client.option(option, export_request("disk"))
+                assert reply.type == Rep.ERR_POLICY
+                assert b"rolled back to disk@s" in reply.data
+            ((_, description),) = await client.exports()
+            assert "suspended" in description
+            await client.send_option(Option.EXPORT_NAME, b"disk")
+            await client.expect_close()
+        assert "rolled back" in (await ask("info", "disk"))["suspended"]
+        assert not (await ask("resume", "disk"))["suspended"]
+        async with attached(server.address, "disk") as client:
+            assert await client.read(0, len(A)) == A
+        async with attached(server.address, "disk@2") as client:
+            assert await client.read(0, len(B)) == B
+        server.stop()

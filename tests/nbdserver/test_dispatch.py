@@ -259,6 +259,7 @@ HANDSHAKE = {
     errors.OutOfRange: OptionReply.ERR_INVALID,
     errors.InvalidRequest: OptionReply.ERR_INVALID,
     errors.Busy: OptionReply.ERR_POLICY,
+    errors.Suspended: OptionReply.ERR_POLICY,
     errors.Fenced: OptionReply.ERR_POLICY,
     errors.ReadOnly: OptionReply.ERR_POLICY,
     errors.NotSupported: OptionReply.ERR_UNSUP,

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from objstore.errors import Busy, Exists, InvalidRequest, NotFound, StoreError
+from objstore.access.local import LocalConnection
+from objstore.errors import Busy, Exists, Fenced, InvalidRequest, NotFound, StoreError, Suspended
 from objstore.units import BLOCK_BYTES, MIB, VDI_BYTES_MAX
 from tests.objstore.check.stores import Checked, faults
 from tests.objstore.volume.test_snapshots import (
@@ -146,6 +147,105 @@ async def test_a_client_that_comes_during_a_rollback_gets_the_disk_of_then(world
         assert vdi.vdi_id == 1
         await put(vdi, 0, pattern(2, SIZE))
         await store.close(vdi)
+
+
+async def test_a_forced_rollback_closes_who_is_attached_and_keeps_everybody_out(world: World) -> None:
+    store = store_of(world)
+    holder = LocalConnection(store)
+    await (await make(world, size=SIZE)).flush()
+    vdi = store.open_vdis()[0]
+    await store.close(vdi)
+    handle = await holder.open("disk")
+    await handle.write(0, pattern(1, SIZE))
+    await store.create_snapshot("disk", "s")
+    await handle.write(0, pattern(2, SIZE), writeback=True)
+    raw = await store.open("disk")  # by somebody whom nobody can ask to close it
+    with pytest.raises(Busy, match="attached by 1"):
+        await store.rollback("disk@s", force=True)
+    with pytest.raises(Fenced, match="rolled back to disk@s"):
+        await handle.write(0, b"stale")
+    assert await get(raw, 0, SIZE) == pattern(2, SIZE)
+    assert not store.vdi("disk").suspended
+    await store.close(raw)
+    handle = await holder.open("disk")
+    undo = await store.rollback("disk@s", force=True)
+    for call in (handle.write(0, b"stale"), handle.read(0, 5), handle.flush(), handle.discard(0, 4096)):
+        with pytest.raises(Fenced, match="rolled back to disk@s"):
+            await call
+    await world.kill()
+    store = await world.open()
+    holder = LocalConnection(store)
+    for _ in range(2):
+        info = store.peek("disk")
+        assert info is not None
+        assert "rolled back to disk@s" in info.refused
+        with pytest.raises(Suspended, match="sheepfold vdi resume disk"):
+            await holder.open("disk")
+        await clean(world)
+        store = store_of(world)
+        holder = LocalConnection(store)
+    assert store.vdi("disk").suspended == "it was rolled back to disk@s"
+    assert await whole(world, undo.name) == pattern(2, SIZE)
+    assert not (await store.clone("disk", "copy")).suspended
+    assert await whole(world, "copy") == pattern(1, SIZE)
+    assert (await store.rename("disk", "new")).suspended
+    for _ in range(2):
+        assert not (await store.resume("new")).suspended
+    assert await whole(world, "new") == pattern(1, SIZE)
+    with pytest.raises(NotFound):
+        await store.resume("disk")
+    await clean(world)
+    assert await whole(world, "new") == pattern(1, SIZE)
+
+
+async def test_a_forced_rollback_cut_anywhere_is_done_and_closed_or_neither(world: World) -> None:
+    store = store_of(world)
+    vdi = await make(world, size=SIZE)
+    await put(vdi, 0, pattern(1, SIZE))
+    await store.create_snapshot("disk", "s")
+    await put(vdi, 0, pattern(2, SIZE))
+    await vdi.flush()
+    await store.close(vdi)
+    seen = set()
+    for step in range(0, 120, 7):
+        store = store_of(world)
+        await LocalConnection(store).open("disk")
+        task = asyncio.create_task(store.rollback("disk@s", force=True))
+        await turns(step)
+        await world.kill()
+        with contextlib.suppress(StoreError, asyncio.CancelledError):
+            await task
+        store = await world.open()
+        done = bool(store.vdi("disk").suspended)
+        seen.add(done)
+        await store.resume("disk")
+        assert await whole(world, "disk") == pattern(1 if done else 2, SIZE)
+        if done:
+            await store.rollback(store.snapshots()[-1].name)
+    assert seen == {True, False}
+    await clean(world)
+
+
+async def test_a_write_that_waits_when_its_handle_is_closed_does_not_happen(world: World) -> None:
+    """It waits for its turn in the log behind a request that can't go on; then the VDI is rolled back."""
+    store = store_of(world)
+    vdi = await make(world, size=SIZE)
+    await put(vdi, 0, pattern(1, SIZE))
+    await store.create_snapshot("disk", "s")
+    await store.close(vdi)
+    handle = await LocalConnection(store).open("disk")
+    async with vdi._turn:
+        write = asyncio.create_task(handle.write(0, b"stale"))
+        await turns(3)
+        rollback = asyncio.create_task(store.rollback("disk@s", force=True))
+        await turns(20)
+        assert not rollback.done()
+    with pytest.raises(InvalidRequest, match="gone"):
+        await write
+    undo = await rollback
+    assert await whole(world, undo.name) == pattern(1, SIZE)
+    await store.resume("disk")
+    assert await whole(world, "disk") == pattern(1, SIZE)
 
 
 async def test_the_snapshot_that_was_gone_back_to_may_be_deleted(world: World) -> None:

@@ -136,7 +136,7 @@ async def test_a_snapshot_is_read_only_and_knows_its_holes(world: World) -> None
     assert isinstance(shown, FrozenVolume)
     assert shown.read_only
     assert shown.size_bytes == SIZE
-    assert store_of(world).peek("disk@s") == ("disk@s", SIZE, True, "snapshot 1")
+    assert store_of(world).peek("disk@s") == ("disk@s", SIZE, True, "snapshot 1", "")
     extents = await shown.extents(0, SIZE)
     assert [(e.length_bytes, e.hole) for e in extents] == [
         (MIB, True),
