@@ -25,6 +25,7 @@ from objstore.log.regionmap import Frozen, NotLoaded, PageRef, RegionMap
 from objstore.log.regions import (
     TABLE_RUNS_MAX,
     Integers,
+    Kinds,
     Region,
     RunTable,
     U64Array,
@@ -132,7 +133,7 @@ class BlockMap(RegionMap):
             index = first & REGION_MASK
             stop = min(index + end - first, REGION_BLOCKS)
             if value is None:
-                stop = min(self._next_region(region + 1, (end - 1 >> REGION_SHIFT) + 1) << REGION_SHIFT, end)
+                stop = min(self.next_region(region + 1, (end - 1 >> REGION_SHIFT) + 1) << REGION_SHIFT, end)
                 append_run(found, HOLE, stop - first)
                 first = stop
                 continue
@@ -149,8 +150,9 @@ class BlockMap(RegionMap):
             first += stop - index
         return found[:runs_max] if len(found) > runs_max else found
 
-    def extents(self, first: int, count: int, extents_max: int) -> list[tuple[int, int]]:
-        """Merged stretches (HOLE, RESERVED or ENTRY_MIN for data, blocks) of a range, for describing it.
+    def extents(self, first: int, count: int, extents_max: int, kinds: Kinds = kinds_of) -> list[tuple[int, int]]:
+        """Merged stretches (HOLE, RESERVED or ENTRY_MIN for data, blocks) of a range, for describing it; or what
+        `kinds` makes of the regions that are no holes.
 
         Covers the range or a first part of it, at least one region's: it ends early at extents_max, when
         EXTENTS_WORK_MAX is used up, and before a region that isn't loaded. NotLoaded if that is the first one.
@@ -164,7 +166,7 @@ class BlockMap(RegionMap):
             value = regions.get(region)
             index = first & REGION_MASK
             if value is None:
-                following = self._next_region(region + 1, min((end - 1 >> REGION_SHIFT) + 1, region + work))
+                following = self.next_region(region + 1, min((end - 1 >> REGION_SHIFT) + 1, region + work))
                 work -= following - region
                 stop = min(following << REGION_SHIFT, end)
                 append_run(found, HOLE, stop - first)
@@ -176,13 +178,13 @@ class BlockMap(RegionMap):
                 raise NotLoaded(region)
             work -= EXTENTS_WORK_REGION
             stop = min(index + end - first, REGION_BLOCKS)
-            part = kinds_of(value, index, stop)
+            part = kinds(value, index, stop)
             append_run(found, *part[0], step=0)
             found += part[1:]
             first += stop - index
         return found[:extents_max]
 
-    def _next_region(self, region: int, end: int) -> int:
+    def next_region(self, region: int, end: int) -> int:
         """The first region from `region` on that is no hole, at most `end`."""
         return next(filter(self.regions.__contains__, range(region, end)), end)
 

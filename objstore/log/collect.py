@@ -371,8 +371,9 @@ class Collector:
         """Move what is live and mark the segment dead, unless its directory or a live block can't be read."""
         disk = self.disk
         while fetched is not None and len(fetched.lbas):
-            if segment.held:  # its counter is too low, or a snapshot was taken meanwhile: its map has what lives here
-                self._unmovable.add(segment.number)
+            if segment.held:  # a snapshot was taken meanwhile: its map has what lives here
+                if not segment.live:  # or its counter is too low, and it would be chosen again
+                    self._unmovable.add(segment.number)
                 return
             if fetched.bad:
                 self._unmovable.add(segment.number)
@@ -417,6 +418,8 @@ class Collector:
                 still = still_mapped(disk, lbas[part], entries[part])
                 if still is None or writer.batch_room(room) < room:
                     continue
+            if segment.held:  # since it was chosen: what a snapshot shows stays where it is
+                return
             chosen = np.flatnonzero(still) + low
             low += room
             if len(chosen):
@@ -459,8 +462,6 @@ class Collector:
         disk.env.segments[target >> BLOCK_BITS].live += len(lbas)
         victim.live -= len(lbas)
         self._rest_moves += len(lbas)
-        if victim.held:  # since it was chosen
-            disk.held_live -= len(lbas)
         return np.frombuffer(into, np.uint8).reshape(-1, BLOCK_BYTES)
 
     async def close(self) -> None:

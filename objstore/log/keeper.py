@@ -96,6 +96,7 @@ class Keeper:
         self.next_segment = 0
         self.previous_next_segment = 0
         self.root = Root()
+        disk.newest_page = lambda region: self.root.get(region)
         self.sizes: dict[int, int] = {}
         self.needs: frozenset[int] = frozenset()
         self.needs_before: frozenset[int] = frozenset()

@@ -209,11 +209,15 @@ class RegionMap:
         ref: the page in the newest complete checkpoint.
         """
         value = self.regions.get(region)
-        if value is None or isinstance(value, PageRef) or region in self.dirty or self._is_frozen(region):
+        if value is None or isinstance(value, PageRef) or not self.is_clean(region):
             return False
         self._store(region, ref)
         self._clock.evicted(region)
         return True
+
+    def is_clean(self, region: int) -> bool:
+        """Whether the newest checkpoint has the region as it is."""
+        return region not in self.dirty and not self._is_frozen(region)
 
     def eviction_candidates(self, regions_max: int) -> list[int]:
         """Clean regions whose eviction frees at least half of their memory, the least wanted first.
@@ -224,7 +228,7 @@ class RegionMap:
         return self._clock.candidates(self.regions, self._can_go, regions_max)
 
     def _can_go(self, region: int) -> bool:
-        return bool(heavy_bytes(self.regions.get(region))) and region not in self.dirty and not self._is_frozen(region)
+        return bool(heavy_bytes(self.regions.get(region))) and self.is_clean(region)
 
     def _is_frozen(self, region: int) -> bool:
         return self._frozen is not None and region in self._frozen.regions

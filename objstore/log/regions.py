@@ -27,6 +27,7 @@ import itertools
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -38,7 +39,9 @@ from objstore.log.address import (
     BLOCK_IN_SEGMENT_MASK,
     ENTRY_MIN,
     HOLE,
+    LOG_MAX,
     RESERVED,
+    SEGMENT_BITS,
     SEGMENT_BLOCKS_MAX,
 )
 from objstore.units import REGION_BLOCKS
@@ -73,6 +76,8 @@ if TYPE_CHECKING:
 else:
     Entries = array  # has no subscript at run time before Python 3.12
 Region: TypeAlias = "int | RunTable | Entries"
+Kinds: TypeAlias = "Callable[[Region | None, int, int], list[tuple[int, int]]]"
+"""Blocks first..end-1 of a region as merged stretches (some number, blocks)."""
 
 
 class RunTable(Entries):
@@ -189,6 +194,27 @@ def kinds_of(value: Region | None, first: int, end: int) -> list[tuple[int, int]
     merged: list[tuple[int, int]] = []
     for entry, blocks in runs_of(value, first, end):
         append_run(merged, min(entry, ENTRY_MIN), blocks, step=0)
+    return merged
+
+
+def depths_of(value: Region | None, first: int, end: int, depths: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Blocks first..end-1 as merged stretches (depth, blocks): 0 for holes, `depths` of the log in which a block's data
+    lies, 1 for reserved zeros, of which nobody knows where they come from."""
+    merged: list[tuple[int, int]] = []
+    if type(value) is array:
+        logs = view(value)[first:end] >> (SEGMENT_BITS + BLOCK_BITS)
+        logs[view(value)[first:end] == RESERVED] = LOG_MAX + 1
+        cuts = (np.flatnonzero(logs[1:] != logs[:-1]) + 1).tolist()
+        runs = [(int(logs[low]), high - low) for low, high in itertools.pairwise([0, *cuts, end - first])]
+    else:
+        runs = [
+            (LOG_MAX + 1 if entry == RESERVED else entry >> (SEGMENT_BITS + BLOCK_BITS), blocks)
+            for entry, blocks in runs_of(value, first, end)
+        ]
+    deepest = max(depths.values(), default=0)
+    for log, blocks in runs:
+        depth = 0 if not log else 1 if log > LOG_MAX else depths.get(log, deepest + 1)
+        append_run(merged, depth, blocks, step=0)
     return merged
 
 

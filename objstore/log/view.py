@@ -12,12 +12,13 @@ from objstore.errors import Corrupt, Unavailable
 from objstore.format.record import RECORD_DATA_BLOCKS_MAX
 from objstore.log.address import BLOCK_BITS, BLOCK_IN_SEGMENT_MASK, RESERVED
 from objstore.log.blockmap import BlockMap, PageRef
-from objstore.log.checkpoint import LostPages, load_pages
+from objstore.log.checkpoint import NUMBER_MASK, LostPages, load_pages
 from objstore.log.damage import Damage, merge_ranges
 from objstore.log.env import Env
 from objstore.log.mapmemory import MapOwner
 from objstore.log.reader import read_run, read_run_now, zero_fill
-from objstore.log.regions import Region, decode_region
+from objstore.log.regions import Kinds, Region, decode_region, kinds_of
+from objstore.log.root import LOG_SHIFT
 from objstore.log.segment import Segment
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, REGION_MASK, REGION_SHIFT
 
@@ -41,6 +42,8 @@ class MappedView:
         """What regions whose pages are lost had in them, as far as that can be told (rebuild.py)."""
         self.owner: MapOwner | None = None
         """Whose map this is in the account of memory."""
+        self.newest_page: Callable[[int], PageRef | None] = lambda region: None
+        """Where the page of a region lies that no checkpoint is owed; None: it has none, or nobody knows."""
 
     # -- map pages ----------------------------------------------------------------------------------------------
 
@@ -86,6 +89,15 @@ class MappedView:
                 lost = True
         if lost:
             raise error
+
+    def page_of(self, region: int) -> tuple[int, PageRef] | None:
+        """The page that has a region as it is, and the log whose checkpoint it lies in; None: there is none (yet)."""
+        ref = self.map.regions.get(region)
+        if ref is not None and not isinstance(ref, PageRef):
+            ref = self.newest_page(region) if self.map.is_clean(region) else None
+        if ref is None:
+            return None
+        return ref.checkpoint >> LOG_SHIFT or self.log, ref._replace(checkpoint=ref.checkpoint & NUMBER_MASK)
 
     def evict(self) -> None:
         """Bring the maps back below their memory limit, if clean regions can go."""
@@ -210,12 +222,13 @@ class MappedView:
                 damaged.append(i)
         return damaged
 
-    async def extents(self, lba: int, count: int, extents_max: int) -> list[tuple[int, int]]:
-        """(HOLE, RESERVED or ENTRY_MIN for data, blocks), from the start of the range; may cover less."""
+    async def extents(self, lba: int, count: int, extents_max: int, kinds: Kinds = kinds_of) -> list[tuple[int, int]]:
+        """(HOLE, RESERVED or ENTRY_MIN for data, or what `kinds` makes of a region; blocks), from the start of the
+        range; may cover less."""
         while True:
             await self.load(self.map.missing(lba, 1))
             if not self.map.missing(lba, 1):
-                return self.map.extents(lba, count, extents_max)
+                return self.map.extents(lba, count, extents_max, kinds)
 
 
 async def _no_pages(lost: list[tuple[int, PageRef]]) -> dict[int, Region]:

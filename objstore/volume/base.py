@@ -29,6 +29,18 @@ class Extent(NamedTuple):
     zero: bool
 
 
+class Change(NamedTuple):
+    """A run of bytes that differs, or does not, from what an older volume has there; in ascending order, never empty.
+
+    hole, zero: of what has changed, what it is now, as in an Extent; both False where nothing has changed.
+    """
+
+    length_bytes: int
+    changed: bool
+    hole: bool = False
+    zero: bool = False
+
+
 def always() -> bool:
     """The default `alive`: a caller that never goes away."""
     return True
@@ -134,6 +146,22 @@ class Volume(Protocol):
         length_bytes > 0 required)."""
         ...
 
+    async def changed(
+        self, since: "Volume", offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
+    ) -> list[Change]:
+        """What differs in the range between `since`, another volume of the same store, and this one; covers a first
+        part of it, as `extents` does. Whole blocks of 4 KiB count: never too little, and data that collection has moved
+        is none of it. Bytes behind the end of `since` have changed where they are no hole. NotSupported: nobody knows.
+        """
+        ...
+
+    async def depths(
+        self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
+    ) -> list[tuple[int, int]]:
+        """(length_bytes, depth), covering a first part of the range as `extents` does: 0 where nothing is allocated,
+        1 where the data is the volume's own, 2 where it is shared with what it is a clone of, and so on."""
+        ...
+
 
 class Holder(Protocol):
     """Who opens volumes of a source for others and can be made to give one back."""
@@ -153,6 +181,11 @@ class VolumeSource(Protocol):
 
     def peek(self, name: str) -> "VolumeInfo | None":
         """What INFO needs, without opening the volume's log; None = no such volume."""
+        ...
+
+    def tags(self, name: str) -> list[str]:
+        """The snapshots that a volume can be compared with (Volume.changed), each as TAG so that the volume they are
+        opened as is NAME@TAG, where NAME is `name` up to its "@"; without opening anything."""
         ...
 
     async def open(self, name: str) -> Volume:

@@ -38,6 +38,7 @@ class FrozenVolume(Reading):
         self.stuck: StoreError | None = None
         self._root = root
         view.owner = self
+        view.newest_page = root.get
         view.map.join(view.env.maps)
         view.env.maps.owners.append(self)
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from objstore.errors import InvalidRequest, NotFound, NotSupported, OutOfRange, ReadOnly
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, MIB
-from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Volume, VolumeInfo, always
+from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Volume, VolumeInfo, always
 
 _HOLE: Final = 0
 _DATA: Final = 1
@@ -146,6 +146,17 @@ class MemoryVolume:
             block = run_end
         return found
 
+    async def changed(
+        self, since: Volume, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
+    ) -> list[Change]:
+        raise NotSupported(f"{self.name} is in memory and keeps no former contents")
+
+    async def depths(
+        self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
+    ) -> list[tuple[int, int]]:
+        found = await self.extents(offset_bytes, length_bytes, extents_max=extents_max)
+        return [(extent.length_bytes, int(not extent.hole)) for extent in found]
+
     def _run_end(self, block: int, stop: int) -> int:
         """The first block from `block` on whose state differs, at most stop."""
         states = self._states
@@ -212,6 +223,9 @@ class MemorySource:
         if volume is None:
             return None
         return VolumeInfo(name, volume.size_bytes, volume.read_only, volume.description)
+
+    def tags(self, name: str) -> list[str]:
+        return []
 
     async def open(self, name: str) -> Volume:
         volume = self._volumes.get(name)

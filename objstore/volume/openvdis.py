@@ -153,9 +153,26 @@ class OpenVdis:
             raise
         finally:
             del self._freezing[key]
+        volume.logs = partial(self._logs, entry.log, entry.vdi_id)
         self._frozen[key] = volume
         self._thawed[key] = stack
         return volume
+
+    def _logs(self, log_number: int, vdi_id: int) -> dict[int, int]:
+        """The logs in which data of that log's VDI or snapshot may lie: 1 for its own, 2 for those of what it is a
+        clone of, and so on. What a VDI had in the log before it was rolled back is its own."""
+        state = self.catalog.state
+        found: dict[int, int] = {}
+        depth = 1
+        while True:
+            found[log_number] = depth
+            owner = state.owners.get(log_number)
+            base = state.snapshots.get(state.vdis[owner].base) if owner is not None else None
+            if base is None:
+                return found
+            if base.vdi_id != vdi_id:
+                depth, vdi_id = depth + 1, base.vdi_id
+            log_number = base.log
 
     async def _close_frozen(self, volume: FrozenVolume, reason: StoreError) -> None:
         key = volume.entry.snapshot_id
@@ -320,6 +337,7 @@ class OpenVdis:
         damage.take(opened.disk.damage)
         opened.disk.damage = damage
         vdi = Vdi(entry, opened.disk, opened.keeper)
+        vdi.logs = partial(self._logs, entry.log, entry.vdi_id)
         vdi.standstill = Standstill(env, vdi.disk, partial(self._commit_copied, entry.vdi_id, vdi), vdi.look_again)
         self._open[entry.vdi_id] = vdi
         return vdi

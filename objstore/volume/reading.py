@@ -1,12 +1,17 @@
 """Byte ranges over a map of whole blocks: the reading half of a volume, for VDIs and for snapshots."""
 
 import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
-from objstore.errors import Corrupt, InvalidRequest, OutOfRange, StoreError
+from objstore.errors import Corrupt, InvalidRequest, NotSupported, OutOfRange, StoreError
 from objstore.log.address import HOLE, RESERVED
+from objstore.log.changed import SAME, TO_HOLE, changed
+from objstore.log.regions import depths_of
 from objstore.log.view import MappedView
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
-from objstore.volume.base import REQUEST_BYTES_MAX, Extent
+from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Volume
 
 READ_AHEAD_BYTES_MAX = 8 << 20
 
@@ -25,6 +30,8 @@ class Reading:
         self._reads = 0
         """Reads under way that wait."""
         self._quiet = asyncio.Event()
+        self.logs: Callable[[], Mapping[int, int]] = dict
+        """The logs in which data of this volume may lie, each with its depth (Volume.depths)."""
 
     def _check(self, offset_bytes: int, length_bytes: int, *, bounded: bool = True) -> None:
         self.view.env.requests += 1
@@ -78,16 +85,18 @@ class Reading:
         return 0
 
     async def _read_blocks(self, first: int, count: int, into: memoryview) -> int:
+        with self._reading():
+            return await self.view.read(first, count, into)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
         self._reads += 1
         try:
-            return await self.view.read(first, count, into)
+            yield
         finally:
-            self._read_ended()
-
-    def _read_ended(self) -> None:
-        self._reads -= 1
-        if not self._reads:
-            self._quiet.set()
+            self._reads -= 1
+            if not self._reads:
+                self._quiet.set()
 
     async def cache(self, offset_bytes: int, length_bytes: int) -> None:
         """See Volume: reads up to READ_AHEAD_BYTES_MAX of the range, which leaves them in the host's page cache."""
@@ -107,20 +116,41 @@ class Reading:
         self._check(offset_bytes, length_bytes, bounded=False)
         if not length_bytes or extents_max < 1:
             raise InvalidRequest("extents of nothing")
-        first = offset_bytes >> BLOCK_SHIFT
-        count = (offset_bytes + length_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
-        end = offset_bytes + length_bytes
-        found: list[Extent] = []
-        at = first << BLOCK_SHIFT
-        self._reads += 1
-        try:
+        first, count, _ = cover(offset_bytes, length_bytes)
+        with self._reading():
             stretches = await self.view.extents(first, count, extents_max)
-        finally:
-            self._read_ended()
-        for kind, blocks in stretches:
-            low, at = max(at, offset_bytes), at + (blocks << BLOCK_SHIFT)
-            found.append(Extent(min(at, end) - low, kind == HOLE, kind <= RESERVED))
-        return found
+        lengths = _lengths(stretches, offset_bytes, length_bytes)
+        return [Extent(length, kind == HOLE, kind <= RESERVED) for length, kind in lengths]
+
+    async def changed(
+        self, since: Volume, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
+    ) -> list[Change]:
+        """See Volume."""
+        self._check(offset_bytes, length_bytes, bounded=False)
+        if not length_bytes or extents_max < 1:
+            raise InvalidRequest("changes of nothing")
+        if not isinstance(since, Reading) or since.view.env is not self.view.env:
+            raise NotSupported(f"{since.name} is no volume of the same store")
+        if since.closed is not None:
+            raise since.closed
+        first, count, _ = cover(offset_bytes, length_bytes)
+        with self._reading(), since._reading():
+            stretches = await changed(since.view, self.view, first, count, extents_max)
+        lengths = _lengths(stretches, offset_bytes, length_bytes)
+        return [Change(length, state != SAME, state == TO_HOLE, state >= TO_HOLE) for length, state in lengths]
+
+    async def depths(
+        self, offset_bytes: int, length_bytes: int, *, extents_max: int = 1 << 14
+    ) -> list[tuple[int, int]]:
+        """See Volume."""
+        self._check(offset_bytes, length_bytes, bounded=False)
+        if not length_bytes or extents_max < 1:
+            raise InvalidRequest("depths of nothing")
+        first, count, _ = cover(offset_bytes, length_bytes)
+        kinds = partial(depths_of, depths=self.logs())
+        with self._reading():
+            stretches = await self.view.extents(first, count, extents_max, kinds)
+        return _lengths(stretches, offset_bytes, length_bytes)
 
     async def quiet(self) -> None:
         """Return when no read is under way."""
@@ -144,3 +174,15 @@ def _clip(ranges: tuple[tuple[int, int], ...], offset_bytes: int, length_bytes: 
         if low < high:
             clipped.append((low, high - low))
     return clipped
+
+
+def _lengths(stretches: list[tuple[int, int]], offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+    """Stretches of whole blocks (kind, blocks) from the one on that holds offset_bytes, as (length_bytes, kind) inside
+    the range."""
+    found = []
+    at = offset_bytes & ~BLOCK_MASK
+    end = offset_bytes + length_bytes
+    for kind, blocks in stretches:
+        low, at = max(at, offset_bytes), at + (blocks << BLOCK_SHIFT)
+        found.append((min(at, end) - low, kind))
+    return found

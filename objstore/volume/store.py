@@ -108,6 +108,13 @@ class Store(ChangeOperations):
         refused = self.refused(entry)
         return VolumeInfo(name, entry.size_bytes, False, refused or f"{entry.mode}, {copies}", refused)
 
+    def tags(self, name: str) -> list[str]:
+        """See VolumeSource."""
+        vdi, _, _ = name.partition("@")
+        itself = self.catalog.state.find_snapshot(name)
+        others = (s for s in self.catalog.state.snapshots_named(vdi) if s is not itself and not s.hidden)
+        return list(dict.fromkeys(s.tag or str(s.index) for s in others))
+
     # -- administration -----------------------------------------------------------------------------------------
 
     async def create_vdi(

@@ -229,6 +229,9 @@ class FakeStore:
     def peek(self, name: str) -> VolumeInfo | None:
         return VolumeInfo(name, self._vdis[name].size_bytes, False, "fake") if name in self._vdis else None
 
+    def tags(self, name: str) -> list[str]:
+        return []
+
     async def open(self, name: str) -> Volume:
         self.attached.add(name)
         return MemoryVolume(name, self.vdi(name).size_bytes)
