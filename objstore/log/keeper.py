@@ -70,11 +70,21 @@ REWRITE_BYTES_MAX: Final = 16 << 20
 REWRITE_PAGES_MAX: Final = 1 << 12
 COUNTED_AT_ONCE: Final = 64
 EVICT_AT_ONCE: Final = 64
-PAGES_AT_ONCE: Final = 256
+PAGES_AT_ONCE: Final = 64
 """Map pages encoded between two turns of the event loop: 3 to 40 us each."""
+MERGED_AT_ONCE: Final = 256
+PAUSE_FACTOR: Final = 6
+"""While clients write and nobody waits for it, a checkpoint pauses so many times as long as it has encoded pages."""
+PAUSE_SECONDS_MAX: Final = 0.02
+PAUSED_OPERATIONS_MAX: Final = OPERATIONS_BETWEEN_MIN // 2
+"""So many operations behind its position it makes way no more: checkpoints must not come later than they are due."""
 SPACE_RETRY_SECONDS: Final = 1.0
 """Between attempts to write the map of a snapshot that found no space."""
 FORGET_AT_ONCE: Final = 1 << 12
+
+
+class _MadeWay(Exception):
+    """A checkpoint is given up because a snapshot is to begin one of its own."""
 
 
 class Keeper:
@@ -120,6 +130,10 @@ class Keeper:
         self._for_snapshot = 0
         """Number of the checkpoint under way if it is a snapshot's."""
         self._wants_snapshot = False
+        self._makes_way = False
+        """A snapshot waits for the checkpoint under way, which is given up for it if it is none of a snapshot."""
+        self._made_way = False
+        """The last checkpoint was."""
         self._stands_for: StoreError | None = None
         """Why the map of a snapshot can't be written at the moment."""
         self._stands_since = 0.0
@@ -345,6 +359,9 @@ class Keeper:
 
     async def next_chance(self) -> None:
         """Wait until `ready_for_snapshot` may have become true. NoSpace: it will not."""
+        # The snapshot's has all that this one would have. Not twice in a row: whoever waits for the one given up may
+        # begin another before the snapshot can.
+        self._makes_way = self._task is not None and not self._made_way
         await self._settled()
         await asyncio.sleep(0)
 
@@ -435,6 +452,11 @@ class Keeper:
                     await self._wait_for_space(error)
             if self._for_snapshot:
                 await self._forget(what.frozen)
+            self._made_way = False
+        except _MadeWay:
+            self._made_way = True
+            await output.abort()
+            what.frozen.abort()
         except StoreError as error:
             what.frozen.abort()
             self._failed = error
@@ -450,6 +472,7 @@ class Keeper:
         finally:
             self._task = None
             self._for_snapshot = 0
+            self._makes_way = False
             self._tell()
         disk.env.maps.evict(self)
         disk.env.maps.wake()
@@ -488,20 +511,40 @@ class Keeper:
         if writer.takeovers != self._takeovers and what.header.next_segment > writer.moved_from:
             raise Unavailable("the segments that it was to name lie elsewhere now")
         await output.open()
+        loop, position = self.disk.env.loop, writer.position
         changed = np.sort(np.fromiter(frozen.regions, np.uint64, len(frozen.regions)))
         for low in range(0, len(changed), PAGES_AT_ONCE):
+            began = loop.time()
             for region in changed[low : low + PAGES_AT_ONCE].tolist():
                 page = take(region)
                 if page:
                     await output.add(region, page)
-            await asyncio.sleep(0)
+            self._make_way()
+            pause = 0.0
+            if writer.position != position and not self._hurries(what.header.position):
+                pause = min((loop.time() - began) * PAUSE_FACTOR, PAUSE_SECONDS_MAX)
+            position = writer.position
+            await asyncio.sleep(pause)
         root = await self._aside(without, self.root, changed)
+        self._make_way()
         moved = await self._rewrite(output, root)
+        self._make_way()
         root = await self._aside(merged, root, output.rows)
         needs = await self._aside(pages_of, root)
         table = await make_table(what.rows, what.live, await self._count(what.uncounted))
+        self._make_way()
         await output.finish(root.rows, table)
         return Written(root, needs, moved)
+
+    def _make_way(self) -> None:
+        if self._makes_way and not self._for_snapshot:
+            raise _MadeWay
+
+    def _hurries(self, position: int) -> bool:
+        """Whether somebody waits for the checkpoint of that position, or will soon."""
+        disk = self.disk
+        late = disk.writer.position - position > PAUSED_OPERATIONS_MAX
+        return bool(self._waiters) or self.tight or self._closed or late or disk.env.maps.due(disk.map.pinned_bytes)
 
     async def _forget(self, frozen: Frozen) -> None:
         regions = list(frozen.regions)
@@ -558,9 +601,9 @@ class Keeper:
         sparse = {n for n, size in self.sizes.items() if n not in held | {self.number} and live.get(n, 0) * 2 < size}
         wanted = await self._aside(in_checkpoints, root, sparse, REWRITE_BYTES_MAX) if sparse else []
         del wanted[REWRITE_PAGES_MAX:]
-        for low in range(0, len(wanted), PAGES_AT_ONCE):
+        for low in range(0, len(wanted), MERGED_AT_ONCE):
             try:
-                found = await load_pages(disk.env, disk.log, wanted[low : low + PAGES_AT_ONCE], disk.checkpoint_zones)
+                found = await load_pages(disk.env, disk.log, wanted[low : low + MERGED_AT_ONCE], disk.checkpoint_zones)
             except (Corrupt, Unavailable) as error:
                 log.error("old checkpoints can't be merged: %s", error)
                 return moved

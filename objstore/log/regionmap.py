@@ -154,8 +154,11 @@ class RegionMap:
             self._open.pop(region, None)
 
     def write_anew(self, region: int) -> None:
-        """The next checkpoint shall have a page of this region, though nothing in it has changed. NotLoaded."""
-        self._soil(region, self._loaded(region))
+        """The next checkpoint, or the one under way, shall have a page of this region, changed or not.
+        NotLoaded."""
+        value = self._loaded(region)
+        if self._frozen is None or region not in self._frozen.left:
+            self._soil(region, value)
 
     def _soil(self, region: int, value: Slot | None) -> None:
         """The region, which has this value, is about to be changed."""
@@ -247,13 +250,13 @@ class RegionMap:
         self._open = {}
         return self._frozen
 
-    def _unfreeze(self, dirty: Iterable[int], loaded_bytes: int) -> None:
-        """The frozen view is finished; `dirty` are to be in the next one. loaded_bytes: what it alone held."""
+    def _unfreeze(self, dirty: set[int], loaded_bytes: int, pinned_bytes: int) -> None:
+        """The frozen view is finished; `dirty` are to be in the next one. loaded_bytes, pinned_bytes: what counts no
+        more. Nothing is done for each region: a view may have hundreds of thousands."""
         assert self._frozen is not None
-        pinned_bytes, self._frozen = self._frozen.pinned_bytes, None
+        self._frozen = None
         self._count(-loaded_bytes, -pinned_bytes)
-        for region in dirty:
-            self._soil(region, self.regions.get(region))
+        self.dirty |= dirty
 
 
 class Frozen:
@@ -295,13 +298,26 @@ class Frozen:
         KeyError if the region is not, or no longer, in the view. A region that was not changed since is kept in its
         smallest form.
         """
-        small = self._forget(region)
-        return b"" if small is None else encode_region(small)
+        page = self.page(region)
+        self._forget(region)
+        return page
 
     def page(self, region: int) -> bytes:
         """As `take`, for who may have to ask again: the view keeps the region until `forget`."""
-        value = self._kept[region] if region in self._kept else self._map._loaded(region)
-        small = None if value is None else compact(value)
+        if region not in self.left:
+            raise KeyError(region)
+        if region in self._kept:
+            kept = self._kept[region]
+            small = None if kept is None else compact(kept)
+        else:
+            blockmap = self._map
+            value = blockmap._loaded(region)
+            small = None if value is None else compact(value)
+            if small is not value:
+                shrunk = heavy_bytes(small) - heavy_bytes(value)
+                blockmap._store(region, small)
+                self.pinned_bytes += shrunk
+                blockmap._count(0, shrunk)
         return b"" if small is None else encode_region(small)
 
     def forget(self, regions: Iterable[int]) -> None:
@@ -309,35 +325,24 @@ class Frozen:
         for region in regions:
             self._forget(region)
 
-    def _forget(self, region: int) -> Region | None:
-        """The region in its smallest form, which it has in the map too if it was not changed since."""
+    def _forget(self, region: int) -> None:
         self.left.remove(region)
-        blockmap = self._map
         if region in self._kept:
             value = self._kept.pop(region)
             heavy = heavy_bytes(value)
             self.held_bytes -= slot_bytes(value)
             self.pinned_bytes -= heavy
-            blockmap._count(-heavy, -heavy)
-            return None if value is None else compact(value)
-        value = blockmap._loaded(region)
-        small = None if value is None else compact(value)
-        if small is not value:
-            shrunk = heavy_bytes(small) - heavy_bytes(value)
-            blockmap._store(region, small)
-            self.pinned_bytes += shrunk
-            blockmap._count(0, shrunk)
-        return small
+            self._map._count(-heavy, -heavy)
 
     def commit(self) -> None:
         """The checkpoint is complete: regions not changed since are clean. RuntimeError if pages were not taken."""
         if self.left:
             raise RuntimeError(f"pages of the frozen view were not taken pages={len(self.left)}")
-        self._map._unfreeze((), 0)
+        self._map._unfreeze(set(), 0, self.pinned_bytes)
 
     def abort(self) -> None:
         """The checkpoint is given up: all its regions are dirty again."""
         held = sum(map(heavy_bytes, self._kept.values()))
         self.left.clear()
         self._kept.clear()
-        self._map._unfreeze(self.regions, held)
+        self._map._unfreeze(self.regions, held, held)

@@ -23,8 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, faults, fio, library, ours, report
-from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, NAMES, FioCase
+from tests.bench import copies, faults, fio, library, lives, ours, report
+from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
 from tests.bench.sizes import size
@@ -43,6 +43,11 @@ SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX = 0.7, 1.2
 RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
 LIBRARY_RATIO_MIN = 2.0
 PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
+SNAPSHOT_RATIO_MAX, SNAPSHOT_SECONDS_MAX = 1.2, 0.05
+AFTER_SNAPSHOT_RATIO_MIN, CHAIN_RATIO_MIN = 0.9, 0.95
+DISCARD_SECONDS_MAX: Final = 2.0
+MANY_SECONDS_MAX: Final = {"start": 3.0, "command": 0.5, "exports": 0.02}
+MANY_RSS_BYTES_MAX: Final = 500 << 20
 DEGRADED_RATIOS_MIN: Final = {"write": 0.9, "read": 0.95}
 
 
@@ -67,6 +72,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.add_argument("--log-bytes", type=size, default=4 << 30, help="open-crash: bytes written (default 4G)")
     parser.add_argument("--long-log-bytes", type=size, default=64 << 30, help="open-long: log (default 64G)")
+    parser.add_argument("--vdis", type=int, default=1000, help="many: VDIs (default 1000)")
+    parser.add_argument("--snapshots", type=int, default=10, help="many: snapshots of each (default 10)")
     parser.add_argument("--turns", type=int, default=8, help="space: how often to overwrite the disk (default 8)")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.names) - set(NAMES))
@@ -268,6 +275,48 @@ class Bench:
             text = f"{inside / 1e3:.1f} k/s in process, {inside / over:.2f} times NBD ({over / 1e3:.1f} k/s)"
             self._ratio(f"library-{load}", text, inside / over, LIBRARY_RATIO_MIN)
 
+    def _seconds(self, name: str, values: Sequence[float], limit: float) -> None:
+        text = f"{_spread(values, 1e3)} ms"
+        met = statistics.median(values) < limit
+        self.singles.append(Single(name, text, f"{limit:g} s", met, {"seconds": values}))
+        say(f"{name}: {text}")
+
+    def run_snapshot(self) -> None:
+        result = lives.snapshots(self.apart, self.options.rounds, self.options.seconds)
+        small, large = lives.SIZES
+        for name, values in (("snapshot", result.snapshot), ("clone", result.clone)):
+            for each, seconds in values.items():
+                self._seconds(f"{name} {each}", seconds, SNAPSHOT_SECONDS_MAX)
+            medians = statistics.median(values[large]), statistics.median(values[small])
+            text = f"{medians[0] * 1e3:.1f} ms of {large}, {medians[1] * 1e3:.1f} ms of {small}"
+            self._ratio(f"{name}-ratio", text, medians[0] / medians[1], SNAPSHOT_RATIO_MAX, most=True)
+        for each in lives.SIZES:
+            before, after = statistics.median(result.before[each]), statistics.median(result.after[each])
+            text = f"{after / 1e3:.1f} k/s, {after / before:.2f} times that before ({before / 1e3:.1f} k/s)"
+            data = {"before": result.before[each], "after": result.after[each]}
+            self._ratio(f"after-snapshot {each}", text, after / before, AFTER_SNAPSHOT_RATIO_MIN, data=data)
+
+    def run_chain(self) -> None:
+        result = lives.chain(self.apart, self.options.rounds, self.options.seconds)
+        flat, deep = statistics.median(result.flat), statistics.median(result.chain)
+        text = f"{deep / 1e3:.1f} k/s through {lives.CHAIN} clones, {deep / flat:.2f} times flat ({flat / 1e3:.1f} k/s)"
+        self._ratio("clone-chain", text, deep / flat, CHAIN_RATIO_MIN, data=asdict(result))
+
+    def run_discard(self) -> None:
+        result = lives.discard(self.apart, self.options.rounds)
+        self._seconds("discard 2 TiB", result.discard, DISCARD_SECONDS_MAX)
+        self._seconds("delete 2 TiB", result.delete, DISCARD_SECONDS_MAX)
+
+    def run_many(self) -> None:
+        result = lives.many(self.apart, self.options.rounds, self.options.vdis, self.options.snapshots)
+        named = {"start": result.start, "command": result.command, "exports": result.exports}
+        for name, values in named.items():
+            self._seconds(f"many {name}", values, MANY_SECONDS_MAX[name])
+        peak = max(result.rss_bytes)
+        text = f"{peak / 1e6:.0f} MB at its peak; {result.opened} logs were open"
+        self.singles.append(Single("many rss", text, "500 MiB", peak <= MANY_RSS_BYTES_MAX, asdict(result)))
+        say(f"many rss: {text}")
+
     def run(self, names: Sequence[str]) -> None:
         wanted = set(names) | (set(CPU_CASES) if CPU in names else set())
         loads = [case for case in FIO_CASES if case.name in wanted]
@@ -302,11 +351,15 @@ class Bench:
                 "degraded": self.run_degraded,
                 "pause": self.run_pause,
                 "library": self.run_library,
+                "snapshot": self.run_snapshot,
+                "clone-chain": self.run_chain,
+                "discard": self.run_discard,
+                "many": self.run_many,
             }
-            for case in COPIES_CASES:
+            for case in (*COPIES_CASES, *LIVES_CASES):
                 if case in wanted:
                     runs[case]()
-        elif wanted & {"open-crash", "open-long", "space", *COPIES_CASES}:
+        elif wanted & {"open-crash", "open-long", "space", *COPIES_CASES, *LIVES_CASES}:
             say(f"{self.ours} keeps nothing: what looks into its store is left out")
 
     def close(self) -> None:

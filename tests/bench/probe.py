@@ -15,7 +15,9 @@ NBDMAGIC: Final = 0x4E42444D41474943
 IHAVEOPT: Final = 0x49484156454F5054
 REQUEST_MAGIC: Final = 0x25609513
 REPLY_MAGIC: Final = 0x67446698
-OPT_EXPORT_NAME: Final = 1
+OPTION_REPLY_MAGIC: Final = 0x3E889045565A9
+OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_INFO = 1, 2, 3, 6
+REP_ACK, REP_SERVER = 1, 2
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
 CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH = 0, 1, 2, 3
 POLL_SECONDS: Final = 0.001
@@ -89,6 +91,38 @@ def first_read(socket_path: Path, export: str, timeout_seconds: float) -> None:
             return
         time.sleep(POLL_SECONDS)
     raise TimeoutError(f"no server answered on {socket_path} within {timeout_seconds:.0f} s")
+
+
+def _ask(socket_path: Path, option: int, payload: bytes) -> list[tuple[int, bytes]]:
+    """Negotiate as far as that option; its replies before the acknowledgement."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(120)
+        connection.connect(str(socket_path))
+        with connection.makefile("rb") as stream:
+            stream.read(18)
+            hello = struct.pack(">IQII", FIXED_NEWSTYLE | NO_ZEROES, IHAVEOPT, option, len(payload))
+            connection.sendall(hello + payload)
+            replies = []
+            while True:
+                magic, _, kind, length = struct.unpack(">QIII", stream.read(20))
+                data = stream.read(length)
+                if magic != OPTION_REPLY_MAGIC or kind & 1 << 31:
+                    raise ConnectionError(f"option {option} was answered with {kind:#x}: {data!r}")
+                if kind == REP_ACK:
+                    connection.sendall(struct.pack(">QII", IHAVEOPT, OPT_ABORT, 0))
+                    return replies
+                replies.append((kind, data))
+
+
+def exports(socket_path: Path) -> list[str]:
+    """The names that NBD_OPT_LIST gives."""
+    return [data[4:].decode() for kind, data in _ask(socket_path, OPT_LIST, b"") if kind == REP_SERVER]
+
+
+def info(socket_path: Path, export: str) -> None:
+    """NBD_OPT_INFO of an export."""
+    name = export.encode()
+    _ask(socket_path, OPT_INFO, struct.pack(">I", len(name)) + name + struct.pack(">H", 0))
 
 
 def flush(socket_path: Path, export: str) -> None:

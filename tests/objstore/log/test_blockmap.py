@@ -503,6 +503,21 @@ class TestCheckpoint:
         assert blocks.dirty == {0, 1, 2, 5}
         assert blocks.freeze().regions == {0, 1, 2, 5}
 
+    def test_what_is_to_be_written_anew_is_pinned_once(self) -> None:
+        blocks = BlockMap()
+        scattered(blocks, 0)
+        pinned = blocks.pinned_bytes
+        frozen = blocks.freeze()
+        blocks.write_anew(0)
+        frozen.abort()
+        assert blocks.dirty == {0}
+        assert blocks.pinned_bytes == pinned > 0
+        take_all(frozen := blocks.freeze())
+        blocks.write_anew(0)
+        frozen.commit()
+        assert blocks.dirty == {0}
+        assert blocks.pinned_bytes == pinned
+
     def test_one_view_at_a_time_and_no_commit_before_all_is_taken(self) -> None:
         blocks = BlockMap()
         blocks.set_one(5, pack(1, 1, 1))

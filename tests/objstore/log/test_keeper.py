@@ -125,6 +125,37 @@ async def test_clients_go_on_while_a_checkpoint_is_written(disk: ModelDisk) -> N
     await disk.check()
 
 
+@pytest.mark.parametrize("waited_for", [False, True])
+async def test_a_checkpoint_makes_way_for_that_of_a_snapshot(disk: ModelDisk, waited_for: bool) -> None:
+    """Which has all that it would have had. Whoever waits for it gets one all the same."""
+    await disk.write(0, 40)
+    await turns()
+    keeper = disk.vdi.keeper
+    executor = executor_of(disk.vdi.disk.env)
+    executor.hold(0, 1)
+    asked = [asyncio.create_task(keeper.checkpoint())] if waited_for else []
+    if not waited_for:
+        keeper.hurry(now=True, waited_for=True)
+    await turns()
+    assert not keeper.ready_for_snapshot
+    await disk.write(5, 3)
+    taken = [asyncio.create_task(disk.vdi.begin_snapshot()) for _ in range(2)]
+    await turns()
+    assert not any(task.done() for task in taken)
+    executor.release(0, 1)
+    await asyncio.gather(*asked)
+    numbers = [(await task)[0] for task in taken]
+    await keeper.snapshot_written(numbers[-1])
+    assert numbers[1] == numbers[0] + 1, "that of a snapshot makes no way"
+    found = [int(name[-8:], 16) for name in disk.checkpoints]
+    assert 1 not in found
+    assert set(numbers) <= set(found)
+    assert loaded(disk).header.position == 2
+    await disk.vdi.flush()
+    await disk.reopen(clean=False)
+    await disk.check()
+
+
 async def test_only_changed_regions_are_written() -> None:
     world = World(1)
     await world.open(create=True)
