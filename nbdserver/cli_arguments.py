@@ -139,6 +139,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--default", metavar="NAME", help="VDI that clients get who name none")
     parser.add_argument(
+        "--list-snapshots", action="store_true", help="show clients who ask for a list of exports the snapshots too"
+    )
+    parser.add_argument(
         "--control", metavar="PATH", type=_argument(_path), help="control socket instead of the default one"
     )
     parser.add_argument("--verbose", "-v", action="store_true", help="log connections and store events to stderr")

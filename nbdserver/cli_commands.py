@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -70,7 +71,7 @@ def serve(arguments: argparse.Namespace) -> None:
         default=arguments.default or config.default,
         control=arguments.control or config.control,
         store=config.store,
-        server=config.server,
+        server=replace(config.server, list_snapshots=True) if arguments.list_snapshots else config.server,
         force=arguments.force_open,
     )
     _log(logging.INFO if arguments.verbose else logging.WARNING)

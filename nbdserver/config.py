@@ -71,6 +71,7 @@ class Config:
 _TABLES: Final = ("store", "server", "vdi")
 
 SERVER_BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "list_snapshots": (False, True),
     "extended_headers": (False, True),
     "connections_max": (1, 65_536),
     "handshake_seconds": (0.1, 600.0),

@@ -40,13 +40,14 @@ CONTEXT_IDS: Final[Mapping[str, int]] = {name: index for index, name in enumerat
 class Exports:
     """The names that clients may use."""
 
-    def __init__(self, source: VolumeSource, default: str | None = None) -> None:
+    def __init__(self, source: VolumeSource, default: str | None = None, *, list_snapshots: bool = False) -> None:
         self.source = source
         self._default = default
+        self._list_snapshots = list_snapshots
 
     def names(self) -> list[str]:
-        """What LIST shows."""
-        return self.source.names()
+        """What LIST shows: what there is at this moment."""
+        return self.source.names(snapshots=self._list_snapshots)
 
     def describe(self, name: str) -> VolumeInfo | None:
         """The export that a client calls `name`; None = there is none.

@@ -49,7 +49,7 @@ class Server:
         self.settings = settings or ServerSettings()
         self.listeners: list[Listener] = []
         """Where the server listens, ports filled in."""
-        self._exports = Exports(source, self.settings.default_export)
+        self._exports = Exports(source, self.settings.default_export, list_snapshots=self.settings.list_snapshots)
         self._common = Common(self.settings, self._exports, self._entered)
         self._listening = Listening()
         self._connections: dict[Connection, asyncio.Task[None]] = {}

@@ -13,6 +13,8 @@ class ServerSettings:
 
     default_export: str | None = None
     """What the empty export name means; None: the only export, if there is only one."""
+    list_snapshots: bool = False
+    """Whether NBD_OPT_LIST names snapshots; they can be opened by name either way."""
     extended_headers: bool = True
     connections_max: int = 1024
     handshake_seconds: float = 10.0

@@ -175,8 +175,8 @@ class Holder(Protocol):
 class VolumeSource(Protocol):
     """Where the network side gets its volumes by name (a store; in tests a dictionary of memory volumes)."""
 
-    def names(self) -> list[str]:
-        """Names that can be opened, sorted."""
+    def names(self, *, snapshots: bool = False) -> list[str]:
+        """Names that can be opened, sorted; snapshots: those of snapshots too."""
         ...
 
     def peek(self, name: str) -> "VolumeInfo | None":

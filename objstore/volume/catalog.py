@@ -63,7 +63,8 @@ class CatalogState:
     """The catalog's contents: a pure function of its entries.
 
     names: of the VDIs that were not deleted; vdis has the hidden ones too. owners: log -> the VDI whose log it is.
-    snapshots: by their ids. attributes: by VDI and name.
+    snapshots: by their ids. attributes: by VDI and name. What is asked for often is looked up, not searched for: there
+    may be thousands of VDIs with tens of snapshots each.
     """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
@@ -72,10 +73,16 @@ class CatalogState:
         self.vdis: dict[int, VdiEntry] = {vdi.vdi_id: vdi for vdi in snapshot.vdis} if snapshot else {}
         self.names: dict[str, int] = {vdi.name: vdi.vdi_id for vdi in self.vdis.values() if not vdi.hidden}
         self.owners: dict[int, int] = {vdi.log: vdi.vdi_id for vdi in self.vdis.values()}
+        self._called: dict[str, set[int]] = {}
+        """The VDIs that have or had a name."""
+        for vdi in self.vdis.values():
+            self._called.setdefault(vdi.name, set()).add(vdi.vdi_id)
         self.snapshots: dict[int, SnapshotEntry] = {}
+        self._by_vdi: dict[int, dict[int, SnapshotEntry]] = {}
+        self._by_log: dict[int, dict[int, SnapshotEntry]] = {}
         self.next_snapshot = snapshot.next_snapshot if snapshot else 1
         for entry in snapshot.snapshots if snapshot else ():
-            self.snapshots[entry.snapshot_id] = entry
+            self._set_snapshot(entry)
         self.attributes: dict[int, dict[str, bytes]] = {}
         for attribute in snapshot.attributes if snapshot else ():
             self._set_attribute(attribute)
@@ -92,6 +99,7 @@ class CatalogState:
         if isinstance(entry, VdiEntry):
             self._forget_name(entry.vdi_id)
             self.vdis[entry.vdi_id] = entry
+            self._called.setdefault(entry.name, set()).add(entry.vdi_id)
             self.owners[entry.log] = entry.vdi_id
             if not entry.hidden:
                 self.names[entry.name] = entry.vdi_id
@@ -116,11 +124,10 @@ class CatalogState:
             if entry.runs or entry.pages:
                 self.damage[entry.log] = entry
         elif isinstance(entry, SnapshotEntry):
-            self.snapshots[entry.snapshot_id] = entry
+            self._set_snapshot(entry)
             self.next_snapshot = max(self.next_snapshot, entry.snapshot_id + 1)
         elif isinstance(entry, SnapshotDeleteEntry):
-            del self.snapshots[entry.snapshot_id]
-
+            self._forget_snapshot(entry.snapshot_id)
         elif isinstance(entry, AttributeEntry):
             self._set_attribute(entry)
         elif isinstance(entry, JobEntry):
@@ -140,21 +147,41 @@ class CatalogState:
 
     def _forget_name(self, vdi_id: int) -> None:
         old = self.vdis.get(vdi_id)
-        if old is not None and not old.hidden:
+        if old is None:
+            return
+        if not old.hidden:
             del self.names[old.name]
+        called = self._called[old.name]
+        called.discard(vdi_id)
+        if not called:
+            del self._called[old.name]
+
+    def _set_snapshot(self, entry: SnapshotEntry) -> None:
+        if entry.snapshot_id in self.snapshots:
+            self._forget_snapshot(entry.snapshot_id)
+        self.snapshots[entry.snapshot_id] = entry
+        self._by_vdi.setdefault(entry.vdi_id, {})[entry.snapshot_id] = entry
+        self._by_log.setdefault(entry.log, {})[entry.snapshot_id] = entry
+
+    def _forget_snapshot(self, snapshot_id: int) -> None:
+        gone = self.snapshots.pop(snapshot_id)
+        for index, key in ((self._by_vdi, gone.vdi_id), (self._by_log, gone.log)):
+            del index[key][snapshot_id]
+            if not index[key]:
+                del index[key]
 
     def snapshots_in(self, log: int) -> list[SnapshotEntry]:
         """The snapshots whose maps are in that log, oldest first."""
-        return sorted((s for s in self.snapshots.values() if s.log == log), key=lambda s: s.checkpoint)
+        return sorted(self._by_log.get(log, {}).values(), key=lambda s: s.checkpoint)
 
     def snapshots_of(self, vdi_id: int) -> list[SnapshotEntry]:
         """The snapshots of a VDI, oldest first."""
-        return sorted((s for s in self.snapshots.values() if s.vdi_id == vdi_id), key=lambda s: s.index)
+        return sorted(self._by_vdi.get(vdi_id, {}).values(), key=lambda s: s.index)
 
     def snapshots_named(self, name: str) -> list[SnapshotEntry]:
         """The snapshots of all VDIs that have or had this name, those of the present one first."""
         now = self.names.get(name)
-        found = [s for s in self.snapshots.values() if self.vdis[s.vdi_id].name == name]
+        found = [s for vdi_id in self._called.get(name, ()) for s in self._by_vdi.get(vdi_id, {}).values()]
         return sorted(found, key=lambda s: (s.vdi_id != now, s.index))
 
     def find_snapshot(self, name: str) -> SnapshotEntry | None:

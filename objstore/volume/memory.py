@@ -215,7 +215,7 @@ class MemorySource:
         self._volumes = dict(volumes)
         self.open_count = 0
 
-    def names(self) -> list[str]:
+    def names(self, *, snapshots: bool = False) -> list[str]:
         return sorted(self._volumes)
 
     def peek(self, name: str) -> VolumeInfo | None:

@@ -89,9 +89,13 @@ class Store(ChangeOperations):
 
     # -- volumes for the network side ---------------------------------------------------------------------------
 
-    def names(self) -> list[str]:
+    def names(self, *, snapshots: bool = False) -> list[str]:
         """See VolumeSource."""
-        return sorted(self.catalog.state.names)
+        state = self.catalog.state
+        if not snapshots:
+            return sorted(state.names)
+        shown = (self.snapshot_name(snapshot) for snapshot in state.snapshots.values() if not snapshot.hidden)
+        return sorted([*state.names, *shown])
 
     def peek(self, name: str) -> VolumeInfo | None:
         """See VolumeSource."""

@@ -223,7 +223,7 @@ class FakeStore:
     async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
         raise NotFound(name)
 
-    def names(self) -> list[str]:
+    def names(self, *, snapshots: bool = False) -> list[str]:
         return sorted(self._vdis)
 
     def peek(self, name: str) -> VolumeInfo | None:

@@ -8,7 +8,7 @@ import pytest
 
 from nbdserver.wire.constants import TransmissionFlag
 from tests.nbdserver.test_service import fails, runtime, serving, sheepfold, zones
-from tests.support.nbd_client import attached
+from tests.support.nbd_client import attached, connected
 
 __all__ = ["runtime", "zones"]
 
@@ -68,6 +68,35 @@ async def test_a_snapshot_beside_the_live_disk(
     assert not (await ask("vdi", "unprotect", "disk@first"))["protected"]
     assert await ask("vdi", "delete", "disk@first") == {"deleted": "disk@first"}
     assert await ask("vdi", "snapshots") == []
+
+
+async def test_snapshots_are_listed_where_that_is_asked_for(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def ask(*arguments: str) -> Any:
+        return await asyncio.to_thread(sheepfold, capsys, *arguments, "--zone", zones[0])
+
+    async def listed(address: Any) -> list[str]:
+        async with connected(address) as client:
+            return [name for name, _ in await client.exports()]
+
+    with serving(tmp_path, zones, "--vdi", "disk:1M", "--list-snapshots") as server:
+        server.exports(1)
+        assert await listed(server.address) == ["disk"]
+        await ask("vdi", "snapshot", "disk", "s")
+        await ask("vdi", "snapshot", "disk")
+        assert await listed(server.address) == ["disk", "disk@2", "disk@s"]
+        await ask("vdi", "rename", "disk", "other")
+        await ask("vdi", "clone", "other", "copy")
+        assert await listed(server.address) == ["copy", "other", "other@2", "other@s"]
+        await ask("vdi", "delete", "other")
+        await ask("vdi", "delete", "other@s")
+        assert await listed(server.address) == ["copy", "other@2"]
+        assert server.stop() == (0, "")
+    with serving(tmp_path, zones) as server:
+        server.exports(1)
+        assert await listed(server.address) == ["copy"]
+        assert server.stop() == (0, "")
 
 
 def test_what_people_see(tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]) -> None:
