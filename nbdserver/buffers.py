@@ -88,6 +88,11 @@ class BufferPool:
             self._idle_bytes -= largest
         self._wake()
 
+    def set_bytes_max(self, bytes_max: int) -> None:
+        """Change the limit; what is held above a lower one comes back by and by."""
+        self.bytes_max = bytes_max
+        self._wake()
+
     def charge(self, length_bytes: int) -> None:
         """Count memory that was taken elsewhere and can't wait (copies of what a client did not take in time)."""
         self.held_bytes += length_bytes

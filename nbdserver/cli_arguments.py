@@ -64,6 +64,7 @@ def build_parser() -> Parser:
         commands.add_parser("client", help="list the clients of a running server, and end their connections"),
         _add_common,
     )
+    _add_common(commands.add_parser("reload", help="have the running server read its configuration again"))
     zone = commands.add_parser("zone", help="list, add, drain, remove and replace zones")
     _add_zone_commands(zone.add_subparsers(dest="zone_command", metavar="COMMAND", required=True))
     status = commands.add_parser("status", help="show the health of a store and its zones")
@@ -143,6 +144,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--control", metavar="PATH", type=_argument(_path), help="control socket instead of the default one"
+    )
+    parser.add_argument(
+        "--swap", action="store_true", help="keep all memory, for clients that swap to a disk of this server"
     )
     parser.add_argument("--verbose", "-v", action="store_true", help="log connections and store events to stderr")
 

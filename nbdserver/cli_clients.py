@@ -1,4 +1,5 @@
-"""`sheepfold client`: who is connected, and how to get rid of somebody. Needs a running server."""
+"""Commands that need a running server: `sheepfold client` (who is connected, and how to get rid of somebody) and
+`sheepfold reload`."""
 
 import argparse
 
@@ -52,3 +53,14 @@ def client(server: ControlClient, arguments: argparse.Namespace) -> None:
             print_json({"unfenced": arguments.client})
         else:
             print(f"unfenced {arguments.client}")
+
+
+def reload(server: ControlClient, arguments: argparse.Namespace) -> None:
+    """`reload`: have the server read its configuration again."""
+    reloaded = server.reload()
+    if arguments.json:
+        print_json(reloaded)
+        return
+    print("the configuration was read again")
+    if reloaded.restart_needed:
+        print(f"changed, but counting only from the next start on: {', '.join(reloaded.restart_needed)}")

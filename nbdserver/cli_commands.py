@@ -16,7 +16,7 @@ from objstore.errors import InvalidRequest
 if TYPE_CHECKING:
     from nbdserver.cli_admin import Admin
     from nbdserver.config import Config
-    from nbdserver.service import Ready
+    from nbdserver.service import Ready, ServePlan
 
 
 LIBRARY_COMMANDS: Final = ("attr", "download", "upload", "allocate", "map")
@@ -50,11 +50,24 @@ def completion(shell: str) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve until a signal; one line per export when connections are accepted."""
-    config = _config(arguments)
-    zones = _zones(arguments, config)
+    plan = _plan(arguments)
     from nbdserver import service
     from nbdserver.cli_progress import progress
+
+    _log(logging.INFO if arguments.verbose else logging.WARNING)
+    with ExitStack() as opening:
+        opening.enter_context(progress("opening the store"))
+        service.run(
+            plan, lambda ready: _announce(ready, arguments.json), opening.close, reread=lambda: _plan(arguments)
+        )
+
+
+def _plan(arguments: argparse.Namespace) -> "ServePlan":
+    """What the command line and, at this moment, the configuration file say."""
+    config = _config(arguments)
+    zones = _zones(arguments, config)
     from nbdserver.config import Config, VdiConfig
+    from nbdserver.service import ServePlan
 
     config = config or Config()
     names = [name for name, _ in arguments.vdis]
@@ -64,7 +77,7 @@ def serve(arguments: argparse.Namespace) -> None:
     given = {
         name: VdiConfig(size_bytes, copies=arguments.copies, mode=arguments.mode) for name, size_bytes in arguments.vdis
     }
-    plan = service.ServePlan(
+    return ServePlan(
         zones=zones,
         vdis={**config.vdi, **given},
         listen=arguments.listen or config.listen,
@@ -73,11 +86,8 @@ def serve(arguments: argparse.Namespace) -> None:
         store=config.store,
         server=replace(config.server, list_snapshots=True) if arguments.list_snapshots else config.server,
         force=arguments.force_open,
+        swap=arguments.swap,
     )
-    _log(logging.INFO if arguments.verbose else logging.WARNING)
-    with ExitStack() as opening:
-        opening.enter_context(progress("opening the store"))
-        service.run(plan, lambda ready: _announce(ready, arguments.json), opening.close)
 
 
 def _announce(ready: "Ready", as_json: bool) -> None:
@@ -125,6 +135,13 @@ def administer(arguments: argparse.Namespace) -> None:
 
         with open_server(zones) as server:
             client(server, arguments)
+        return
+    if arguments.command == "reload":
+        from nbdserver.cli_admin import open_server
+        from nbdserver.cli_clients import reload
+
+        with open_server(zones) as server:
+            reload(server, arguments)
         return
     with open_admin(zones, settings, read_only=looking, force=force) as admin:
         if arguments.command == "status":

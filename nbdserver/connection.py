@@ -156,6 +156,10 @@ class Connection:
         finally:
             await self._close(orderly)
 
+    def reconfigure(self, settings: ServerSettings) -> None:
+        """These limits from now on."""
+        self._settings = settings
+
     def stop(self) -> None:
         """Read nothing more; take the complete requests that have been received, as soon as they may be in flight, and
         `finish`."""

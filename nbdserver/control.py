@@ -33,6 +33,7 @@ from objstore.access.api import (
     Status,
     TakeSnapshot,
     ZoneChange,
+    error_name,
     http_status,
 )
 from objstore.errors import Busy, Corrupt, InvalidRequest, StoreError
@@ -338,6 +339,6 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except StoreError as error:
         bad = list(error.bad) if isinstance(error, Corrupt) else []
-        return _json(ErrorReply(type(error).__name__, str(error), bad), http_status(error))
+        return _json(ErrorReply(error_name(error), str(error), bad), http_status(error))
     except web.HTTPException as error:
         return _json(ErrorReply(type(error).__name__, f"{request.method} {request.path}: {error.reason}"), error.status)

@@ -21,6 +21,7 @@ from objstore.access.api import (
     NewSize,
     Protection,
     RecoveryRate,
+    Reloaded,
     Status,
     TakeSnapshot,
     ZoneChange,
@@ -166,6 +167,9 @@ class ControlClient:
 
     def unfence(self, client: str) -> None:
         self._request("DELETE", "/v1/fences/" + quote(client, safe=""), None)
+
+    def reload(self) -> Reloaded:
+        return self._ask("POST", "/v1/reload", Reloaded)
 
     def wait(self, seconds: float) -> None:
         """Let the server work."""

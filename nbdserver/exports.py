@@ -42,12 +42,12 @@ class Exports:
 
     def __init__(self, source: VolumeSource, default: str | None = None, *, list_snapshots: bool = False) -> None:
         self.source = source
-        self._default = default
-        self._list_snapshots = list_snapshots
+        self.default = default
+        self.list_snapshots = list_snapshots
 
     def names(self) -> list[str]:
         """What LIST shows: what there is at this moment."""
-        return self.source.names(snapshots=self._list_snapshots)
+        return self.source.names(snapshots=self.list_snapshots)
 
     def describe(self, name: str) -> VolumeInfo | None:
         """The export that a client calls `name`; None = there is none.
@@ -56,8 +56,8 @@ class Exports:
         """
         if name:
             return self.source.peek(name)
-        if self._default is not None:
-            return self.source.peek(self._default)
+        if self.default is not None:
+            return self.source.peek(self.default)
         names = self.source.names()
         return self.source.peek(names[0]) if len(names) == 1 else None
 

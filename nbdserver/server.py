@@ -53,6 +53,8 @@ class Server:
         self._common = Common(self.settings, self._exports, self._entered)
         self._listening = Listening()
         self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._ended_before = 0
+        """Requests of connections that are gone."""
         self._watcher: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -135,6 +137,23 @@ class Server:
     def clients(self) -> list[ClientStatus]:
         """Every connection, oldest first."""
         return [connection.info() for connection in self._connections]
+
+    def reconfigure(self, settings: ServerSettings) -> None:
+        """These settings from now on, for clients that are here too. Nobody is disconnected: what is above a lower
+        limit goes by itself."""
+        self.settings = settings
+        self._common.settings = settings
+        self._common.pool.set_bytes_max(settings.buffer_bytes_max)
+        self._exports.default = settings.default_export
+        self._exports.list_snapshots = settings.list_snapshots
+        for connection in self._connections:
+            connection.reconfigure(settings)
+
+    def progress(self) -> tuple[int, int]:
+        """(requests that have ended since the start, requests that volumes work on now)."""
+        known = [connection.info() for connection in self._connections]
+        in_flight = sum(one.in_flight for one in known)
+        return self._ended_before + sum(one.request_count for one in known) - in_flight, in_flight
 
     @property
     def fences(self) -> Fences:
@@ -244,6 +263,7 @@ class Server:
 
     def _gone(self, connection: Connection, task: asyncio.Task[None]) -> None:
         del self._connections[connection]
+        self._ended_before += connection.info().request_count
         if self._common.last_active is connection:
             self._common.last_active = None
         if not task.cancelled() and task.exception() is not None:

@@ -15,6 +15,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -28,12 +29,15 @@ import uvloop
 from nbdserver.config import VdiConfig
 from nbdserver.control import ControlServer
 from nbdserver.control_clients import ClientOperations
+from nbdserver.control_server import ServerOperations
+from nbdserver.flusher import lock_memory, mark_as_flusher
+from nbdserver.heartbeat import Heartbeat, Progress
 from nbdserver.listening import Listener
 from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
 from nbdserver.server import Server, ServerSettings
-from nbdserver.systemd import HandedSocket, handed_sockets, notify
+from nbdserver.systemd import HandedSocket, handed_sockets, notify, reloading
 from objstore.access.api import LockNote, ServerStatus
-from objstore.errors import InvalidRequest, NotFound
+from objstore.errors import InvalidRequest, NotFound, StoreError
 from objstore.volume.directories import zone_paths
 from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_store
@@ -42,6 +46,9 @@ LOG: Final = logging.getLogger(__name__)
 GC_THRESHOLD: Final = 50_000
 VSOCK_LOOPBACK_CID: Final = 1
 """VMADDR_CID_LOCAL (vsock(7)), which the socket module does not name."""
+RELOAD_SIGNAL: Final = signal.SIGHUP
+NEEDING_RESTART: Final = ("zones", "listen", "control", "store", "swap")
+"""Fields of a plan that a reload does not change."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 CONTROL_NAME: Final = "control"
 """FileDescriptorName= of a control socket that the service manager opens."""
@@ -61,6 +68,13 @@ class ServePlan:
     server: ServerSettings = field(default_factory=ServerSettings)
     force: bool = False
     """Open the store without zones that may hold something newer."""
+    swap: bool = False
+    """Keep all memory, because clients swap to a disk of ours."""
+
+    @property
+    def server_settings(self) -> ServerSettings:
+        """Those of the network side, with the default export."""
+        return dataclasses.replace(self.server, default_export=self.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +86,31 @@ class Ready:
     """Name and size in bytes."""
 
 
-def run(plan: ServePlan, ready: Callable[[Ready], None], opened: Callable[[], None]) -> None:
-    """Serve until a signal. opened: called when the zones are open; ready: when connections are accepted."""
+def run(
+    plan: ServePlan,
+    ready: Callable[[Ready], None],
+    opened: Callable[[], None],
+    reread: Callable[[], ServePlan] | None = None,
+) -> None:
+    """Serve until a signal. opened: called when the zones are open; ready: when connections are accepted.
+
+    reread: the plan as it is now, for SIGHUP and `sheepfold reload`; StoreError refuses it. In a thread of its own.
+    """
+    if not mark_as_flusher():
+        LOG.info("not marked as I/O flusher: no permission (CAP_SYS_RESOURCE), or the kernel is older than 5.6")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(plan, ready, opened))
+        runner.run(serve(plan, ready, opened, reread or (lambda: plan)))
 
 
-async def serve(plan: ServePlan, ready: Callable[[Ready], None], opened: Callable[[], None]) -> None:
+async def serve(
+    plan: ServePlan, ready: Callable[[Ready], None], opened: Callable[[], None], reread: Callable[[], ServePlan]
+) -> None:
     """As `run`, inside a running loop that it takes the signals of."""
-    stop = asyncio.Event()
-    _on_signals(asyncio.get_running_loop(), stop)
+    stop, reload = asyncio.Event(), asyncio.Event()
+    _on_signals(asyncio.get_running_loop(), stop, reload)
     _raise_descriptor_limit()
+    if plan.swap:
+        lock_memory()
     handed = handed_sockets(os.environ, os.getpid())
     try:
         where = places(plan, handed)
@@ -94,7 +122,7 @@ async def serve(plan: ServePlan, ready: Callable[[Ready], None], opened: Callabl
         try:
             await _create_missing(store, plan.vdis)
             _check_default(store, plan.default)
-            await _serve_store(store, plan, where, ready, stop)
+            await _serve_store(store, plan, where, ready, stop, reload, reread)
         finally:
             await store.shutdown()
     finally:
@@ -108,26 +136,101 @@ async def _serve_store(
     where: "Places",
     ready: Callable[[Ready], None],
     stop: asyncio.Event,
+    reload: asyncio.Event,
+    reread: Callable[[], ServePlan],
 ) -> None:
-    server = Server(store, dataclasses.replace(plan.server, default_export=plan.default))
+    server = Server(store, plan.server_settings)
+    reloader = Reloader(store, server, plan, reread)
+    heartbeat = Heartbeat(lambda: _progress(store, server), time.monotonic)
 
     def server_status() -> ServerStatus:
         listen = [str(listener) for listener in server.listeners]
         return ServerStatus(pid=os.getpid(), listen=listen, clients=len(server.clients()))
 
     store.holders.append(server)
-    control_server = ControlServer(store, server_status, [ClientOperations(server)])
+    more = [ClientOperations(server), ServerOperations(reloader.reload)]
+    control_server = ControlServer(store, server_status, more)
     try:
         await control_server.start(where.control, where.control_socket)
         await server.start(where.listeners, where.handed)
         ready(Ready(server.listeners, [(vdi.name, vdi.size_bytes) for vdi in store.vdis()]))
         notify("READY=1")
+        heartbeat.start()
+        reloader.start(reload)
         await stop.wait()
         LOG.info("stopping: %d connections", len(server.clients()))
     finally:
-        notify("STOPPING=1")
+        notify("STOPPING=1", "STATUS=stopping: making everything durable")
+        heartbeat.stop()
+        await reloader.close()
         await server.stop()
         await control_server.stop()
+
+
+def _progress(store: Store, server: Server) -> Progress:
+    ended, in_flight = server.progress()
+    settings = store.env.settings
+    watch = store.env.watch
+    return Progress(
+        ended,
+        in_flight,
+        waits_for_zones=watch is not None and bool(watch.late),
+        bound_seconds=settings.write_wait_seconds + 4 * settings.zone_deadline_seconds,
+        status=f"{len(store.names())} VDIs, {len(server.clients())} connections",
+    )
+
+
+class Reloader:
+    """Reads the configuration again and makes what can be changed while clients are there count. One at a time."""
+
+    def __init__(self, store: Store, server: Server, plan: ServePlan, reread: Callable[[], ServePlan]) -> None:
+        self._store = store
+        self._server = server
+        self._plan = plan
+        self._reread = reread
+        self._turn = asyncio.Lock()
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def reload(self) -> list[str]:
+        """Take over what the configuration says now. The keys that have changed and need a restart.
+
+        StoreError: it is wrong, and the old one stays (VDIs that it had made before stay too).
+        """
+        async with self._turn:
+            new = await asyncio.to_thread(self._reread)
+            if new.default is not None and new.default not in (*self._store.names(), *new.vdis):
+                _check_default(self._store, new.default)
+            await _create_missing(self._store, new.vdis)
+            self._server.reconfigure(new.server_settings)
+            needed = [key for key in NEEDING_RESTART if getattr(new, key) != getattr(self._plan, key)]
+            # What needs a restart is still to be named at the next time.
+            self._plan = dataclasses.replace(new, **{key: getattr(self._plan, key) for key in NEEDING_RESTART})
+            LOG.info("the configuration was read again")
+            return needed
+
+    def start(self, wanted: asyncio.Event) -> None:
+        """Reload whenever `wanted` is set (SIGHUP)."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(wanted))
+
+    async def _watch(self, wanted: asyncio.Event) -> None:
+        while True:
+            await wanted.wait()
+            wanted.clear()
+            reloading()
+            try:
+                needed = await self.reload()
+            except StoreError as error:
+                LOG.error("the configuration is refused, the old one stays: %s", error)
+            else:
+                if needed:
+                    LOG.warning("changed, but counting only from the next start on: %s", ", ".join(needed))
+            notify("READY=1")
+
+    async def close(self) -> None:
+        """Reload no more; what is under way ends first. Idempotent."""
+        async with self._turn:
+            if self._watcher is not None:
+                self._watcher.cancel()
 
 
 def _warn(message: str) -> None:
@@ -144,7 +247,7 @@ def exposed(listener: Listener) -> bool:
         return True
 
 
-def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: asyncio.Event) -> None:
     def first_signal() -> None:
         stop.set()
         for number in STOP_SIGNALS:
@@ -153,6 +256,7 @@ def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, first_signal)
+    loop.add_signal_handler(RELOAD_SIGNAL, reload.set)
 
 
 def _raise_descriptor_limit() -> None:

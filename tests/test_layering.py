@@ -29,6 +29,7 @@ CONTROL = {
     "nbdserver.operations",
     "nbdserver.control_data",
     "nbdserver.control_clients",
+    "nbdserver.control_server",
     "nbdserver.control",
     "nbdserver.control_client",
 }
@@ -65,12 +66,18 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.config": {"nbdserver.server"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),
+    "nbdserver.flusher": set(),
+    "nbdserver.heartbeat": {"nbdserver.systemd"},
+    "nbdserver.control_server": {"nbdserver.operations"},
     "nbdserver.operations": set(),
     "nbdserver.control": {"nbdserver.operations", "nbdserver.control_data"},
     "nbdserver.control_data": {"nbdserver.operations", "objstore.access.local_vdi"},
     "nbdserver.control_client": set(),
     "nbdserver.control_clients": IDENTITY | {"nbdserver.operations"},
-    "nbdserver.service": SERVER | CONTROL | {"objstore.volume.directories", "objstore.volume.store"},
+    "nbdserver.service": SERVER
+    | CONTROL
+    | {"nbdserver.flusher", "nbdserver.heartbeat"}
+    | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
     "nbdserver.cli_arguments": {"nbdserver.cli_library_arguments", "nbdserver.cli_server_arguments"},
     "nbdserver.cli_server_arguments": set(),

@@ -158,6 +158,12 @@ class Kicked(Struct, frozen=True, kw_only=True):
     settled: bool
 
 
+class Reloaded(Struct, frozen=True, kw_only=True):
+    """The configuration was read again. restart_needed: keys that have changed and count from the next start on."""
+
+    restart_needed: list[str]
+
+
 class Status(Struct, frozen=True, kw_only=True):
     """Answer of `sheepfold status`; server: null when the command opened the zones itself."""
 
@@ -239,6 +245,11 @@ STATUS_OF_ERROR: Final[dict[type[errors.StoreError], int]] = {
     errors.NoSpace: 507,
 }
 """Every other StoreError is 500."""
+
+
+def error_name(error: errors.StoreError) -> str:
+    """The nearest class that both sides know."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
 
 
 def http_status(error: errors.StoreError) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -92,3 +93,16 @@ async def test_the_units_are_understood(tmp_path: Path) -> None:
     found = await run("systemd-analyze", "verify", "--man=no", *units)
     complaints = [line for line in found.err.splitlines() if str(tmp_path) in line or "sheepfold" in line]
     assert not complaints
+
+
+async def test_user_and_directories_are_made(tmp_path: Path) -> None:
+    """As systemd makes them at boot, in a root directory of the test's own."""
+    if os.geteuid() != 0:
+        pytest.skip("making a user takes root")
+    (tmp_path / "etc").mkdir()
+    await run("systemd-sysusers", f"--root={tmp_path}", UNITS / "sheepfold.sysusers.conf")
+    user = (tmp_path / "etc/passwd").read_text().split(":")
+    assert (user[0], user[5]) == ("sheepfold", "/srv/sheepfold")
+    await run("systemd-tmpfiles", f"--root={tmp_path}", "--create", UNITS / "sheepfold.tmpfiles.conf")
+    made = (tmp_path / "srv/sheepfold").stat()
+    assert (made.st_uid, made.st_mode & 0o7777) == (int(user[2]), 0o750)

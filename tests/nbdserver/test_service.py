@@ -285,8 +285,9 @@ def test_the_service_manager_hears_of_start_and_stop(
         with serving(tmp_path, zones, "--vdi", "disk:1M") as server:
             server.exports(1)
             assert manager.recv(100) == b"READY=1"
+            assert manager.recv(100) == b"STATUS=1 VDIs, 0 connections"
             assert server.stop() == (0, "")
-            assert manager.recv(100) == b"STOPPING=1"
+            assert manager.recv(100).startswith(b"STOPPING=1\nSTATUS=")
 
 
 def test_commands_for_people(tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,8 @@ PACKAGES = {
     "depmod": "kmod",
     "cpio": "cpio",
     "systemd-analyze": "systemd",
+    "systemd-sysusers": "systemd",
+    "systemd-tmpfiles": "systemd",
     "systemd-socket-activate": "systemd",
 }
 """Debian's package of each program."""
