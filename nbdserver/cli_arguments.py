@@ -217,11 +217,19 @@ def _add_snapshot_commands(commands: "argparse._SubParsersAction[Parser]") -> No
     rename.add_argument("new", metavar="NEW", type=_argument(_name))
     _add_common(rename)
     _add_force(rename)
-    resize = commands.add_parser("resize", help="make a VDI, attached or not, larger")
+    resize = commands.add_parser("resize", help="make a VDI, attached or not, larger, or by force smaller")
     resize.add_argument("name", metavar="NAME", type=_argument(_name))
     resize.add_argument("size_bytes", metavar="SIZE", type=_argument(_vdi_size), help="bytes, or with K, M, G, T")
+    resize.add_argument(
+        "--reconnect", action="store_true", help="close its clients' connections then, so that they see the new size"
+    )
+    resize.add_argument(
+        "--force",
+        action="store_true",
+        help="also smaller, losing what is behind the new end: close its clients' connections first, and let nobody in"
+        " until `vdi resume`",
+    )
     _add_common(resize)
-    _add_force(resize)
     rollback = commands.add_parser("rollback", help="make a VDI what it was at a snapshot")
     rollback.add_argument("name", metavar="NAME@TAG", type=_argument(_snapshot_name))
     rollback.add_argument(

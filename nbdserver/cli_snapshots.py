@@ -61,7 +61,9 @@ def rename(admin: Admin, arguments: argparse.Namespace) -> None:
 def resize(admin: Admin, arguments: argparse.Namespace) -> None:
     """`vdi resize`."""
     with progress(f"resizing {arguments.name}"):
-        resized = admin.resize(arguments.name, arguments.size_bytes)
+        resized = admin.resize(
+            arguments.name, arguments.size_bytes, force=arguments.force, reconnect=arguments.reconnect
+        )
     show(resized, vdi_details, as_json=arguments.json)
 
 

@@ -120,8 +120,9 @@ class ControlClient:
     def rename(self, name: str, new: str) -> VdiStatus:
         return self._ask("PUT", _vdi_path(name) + "/name", VdiStatus, NewName(name=new))
 
-    def resize(self, name: str, size_bytes: int) -> VdiStatus:
-        return self._ask("PUT", _vdi_path(name) + "/size", VdiStatus, NewSize(size_bytes=size_bytes))
+    def resize(self, name: str, size_bytes: int, *, force: bool = False, reconnect: bool = False) -> VdiStatus:
+        wanted = NewSize(size_bytes=size_bytes, force=force, reconnect=reconnect)
+        return self._ask("PUT", _vdi_path(name) + "/size", VdiStatus, wanted)
 
     def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
         return self._ask(

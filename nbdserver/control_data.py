@@ -157,7 +157,7 @@ class Sessions:
         handles[handle] = vdi
         return Handle(handle=handle, size_bytes=vdi.size_bytes, read_only=vdi.read_only, description=vdi.description)
 
-    async def give_up(self, volume: Volume, reason: str) -> None:
+    async def give_up(self, volume: Volume, reason: str, *, orderly: bool) -> None:
         """See Holder. The handles stay known, so that whoever uses one hears why it is dead."""
         for vdi in [vdi for handles in self._handles.values() for vdi in handles.values() if vdi.volume is volume]:
             await vdi.fence(reason)

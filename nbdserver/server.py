@@ -94,8 +94,8 @@ class Server:
         self._listening.close()
         if self._watcher is not None:
             self._watcher.cancel()
-        names = {connection.export for connection in self._connections}
-        volumes = [await self._hold(name) for name in names if name is not None]
+        names = {connection.volume.name for connection in self._connections if connection.volume is not None}
+        volumes = [await self._hold(name) for name in names]
         for connection in list(self._connections):
             connection.stop()
         tasks = list(self._connections.values())
@@ -108,15 +108,18 @@ class Server:
             if volume is not None:
                 await self._flush_and_close(volume)
 
-    async def give_up(self, volume: Volume, reason: str) -> None:
+    async def give_up(self, volume: Volume, reason: str, *, orderly: bool) -> None:
         """See Holder."""
-        tasks = []
-        for connection, task in self._connections.items():
-            if connection.volume is volume:
-                connection.revoke(reason)
-                tasks.append(task)
-        if tasks:
-            await asyncio.wait(tasks)
+        going = {one: task for one, task in self._connections.items() if one.volume is volume}
+        if not going:
+            return
+        if orderly:
+            for connection in going:
+                connection.stop()
+            await asyncio.wait(going.values(), timeout=KICK_SECONDS)
+        for connection in going:
+            connection.revoke(reason)
+        await asyncio.wait(going.values())
 
     async def _hold(self, name: str) -> Volume | None:
         """Keep a volume open for its last flush."""
@@ -246,7 +249,8 @@ class Server:
         """A client that reconnects may have left a connection behind whose writes are older than what it will send:
         connections of the export whose peer has hung up end, and what they had not read is dropped. Those that ended
         with DISC finish first, as long as that takes less than stall_seconds."""
-        before = [c for c in self._connections if c is not newcomer and c.export == newcomer.export]
+        # By the volume, not by the name: it may have got another one since.
+        before = [c for c in self._connections if c is not newcomer and c.volume is newcomer.volume]
         leaving = []
         for connection in before:
             if not connection.alive():

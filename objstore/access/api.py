@@ -68,9 +68,12 @@ class NewName(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class NewSize(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How large a VDI is to be."""
+    """How large a VDI is to be. reconnect: connections and handles are closed then, so that clients see it. force: it
+    may become smaller; they are closed first, and nobody may open it until it is resumed."""
 
     size_bytes: int
+    force: bool = False
+    reconnect: bool = False
 
 
 class Protection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

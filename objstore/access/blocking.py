@@ -235,9 +235,9 @@ class BlockingConnection:
         """See Connection."""
         return self._runner.run(self._connection.rename(name, new))
 
-    def resize(self, name: str, size_bytes: int) -> VdiStatus:
+    def resize(self, name: str, size_bytes: int, *, force: bool = False, reconnect: bool = False) -> VdiStatus:
         """See Connection."""
-        return self._runner.run(self._connection.resize(name, size_bytes))
+        return self._runner.run(self._connection.resize(name, size_bytes, force=force, reconnect=reconnect))
 
     def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
         """See Connection."""

@@ -78,8 +78,10 @@ class Connection(ABC):
         """Give a VDI, open or not, another name; its snapshots and attributes go with it."""
 
     @abstractmethod
-    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
-        """Make a VDI, open or not, larger; what is new reads as zeros. Open handles keep the size that they have."""
+    async def resize(self, name: str, size_bytes: int, *, force: bool = False, reconnect: bool = False) -> VdiStatus:
+        """Make a VDI, open or not, larger; what is new reads as zeros. Open handles keep the size that they have.
+        reconnect: handles and connections are closed then, whoever has them (handles are Fenced). force: it may become
+        smaller; they are closed first, and nobody may open it then (Suspended) until `resume`."""
 
     @abstractmethod
     async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:

@@ -37,7 +37,7 @@ class LocalConnection(Connection):
         self.handles.add(handle)
         return handle
 
-    async def give_up(self, volume: Volume, reason: str) -> None:
+    async def give_up(self, volume: Volume, reason: str, *, orderly: bool) -> None:
         """See Holder."""
         for handle in [handle for handle in self.handles if handle.volume is volume]:
             await handle.fence(reason)
@@ -81,9 +81,9 @@ class LocalConnection(Connection):
         """See Connection."""
         return await self.store.rename(name, new)
 
-    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+    async def resize(self, name: str, size_bytes: int, *, force: bool = False, reconnect: bool = False) -> VdiStatus:
         """See Connection."""
-        return await self.store.resize(name, size_bytes)
+        return await self.store.resize(name, size_bytes, force=force, reconnect=reconnect)
 
     async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
         """See Connection."""

@@ -249,9 +249,10 @@ class RemoteConnection(Connection):
         """See Connection."""
         return await self.http.ask("PUT", f"{_path(name)}/name", VdiStatus, NewName(name=new))
 
-    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+    async def resize(self, name: str, size_bytes: int, *, force: bool = False, reconnect: bool = False) -> VdiStatus:
         """See Connection."""
-        return await self.http.ask("PUT", f"{_path(name)}/size", VdiStatus, NewSize(size_bytes=size_bytes))
+        body = NewSize(size_bytes=size_bytes, force=force, reconnect=reconnect)
+        return await self.http.ask("PUT", f"{_path(name)}/size", VdiStatus, body)
 
     async def rollback(self, name: str, *, force: bool = False) -> SnapshotStatus:
         """See Connection."""

@@ -31,10 +31,16 @@ class Vdi(NamedTuple):
     copies: int
     base: int = 0
     hidden: bool = False
+    former_bytes: int = 0
 
     @property
     def blocks(self) -> int:
         return -(-self.size_bytes // PAGE)
+
+    @property
+    def blocks_max(self) -> int:
+        """Behind this nothing may be in its map."""
+        return -(-max(self.size_bytes, self.former_bytes) // PAGE)
 
 
 class Snapshot(NamedTuple):
@@ -115,8 +121,9 @@ class Catalog:
             raise Damaged(f"the catalog describes a VDI as {fields!r}")
         base = member(fields, "base", int) if "base" in fields else 0
         name, hidden = member(fields, "name", str), bool(fields.get("hidden", False))
+        former = member(fields, "former_bytes", int) if "former_bytes" in fields else 0
         member(fields | {"suspended": fields.get("suspended", "")}, "suspended", str)
-        self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden)
+        self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden, former)
         self.next_log = max(self.next_log, log + 1)
         if hidden:
             self._drop_attributes(fields["vdi_id"])

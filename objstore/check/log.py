@@ -41,7 +41,7 @@ from objstore.check.layout import (
     record_header,
     segment_header,
 )
-from objstore.check.mapcheck import BATCH_SEGMENTS, MapCheck, owners, runs, wrong_counters
+from objstore.check.mapcheck import BATCH_SEGMENTS, MapCheck, first_behind, owners, runs, wrong_counters
 from objstore.check.members import Store, copy_of
 from objstore.check.replay import WINDOW_REGIONS, apply, effects, touched
 from objstore.check.report import Repair, Severity
@@ -105,6 +105,7 @@ class _LogCheck:
         table = self._check_table()
         tail = self._check_tail()
         self._check_lost(table, tail)
+        self._check_behind(tail)
         for snapshot in self.snapshots:
             if snapshot.checkpoint not in frozen and tail.position < snapshot.position:
                 text = f"the map of snapshot {snapshot.name} is in no zone, and the log ends before it"
@@ -141,9 +142,6 @@ class _LogCheck:
                 return False
             name = checkpoint_name(self.owner.log, self.head.checkpoint)
             self._add(Severity.FAULT, "checkpoint", f"{text}; the one before it, {self.chosen.number}, serves", name)
-        if self.chosen.header.blocks > self.vdi.blocks:  # it may have grown since
-            text = f"is of a VDI of {self.chosen.header.blocks} blocks; the catalog says {self.vdi.blocks}"
-            self._add(Severity.DAMAGE, "checkpoint", text, checkpoint_name(self.owner.log, self.chosen.number))
         if self.chosen.number == max(self.checkpoints):
             self._choose_before(numbers)
         return True
@@ -441,14 +439,28 @@ class _LogCheck:
             severity = Severity.UNAVAILABLE if self.unavailable else Severity.DAMAGE
             self.store.add(severity, "data-lost", text, vdi=self.vdi.name, ranges=ranges[:RANGES_MAX])
 
+    def _check_behind(self, tail: Tail) -> None:
+        """Whether the map, log's end included, has anything behind the end of the VDI."""
+        limit = self.vdi.blocks_max
+        root = self._beginning if self.chosen is None else self.chosen.root
+        regions, _ = touched(self.owner.log, tail.segments, np.unique(regions_of(root)))
+        block = first_behind(limit, regions, lambda some: self._end_of(some, tail))
+        if block is not None:
+            self._add(Severity.DAMAGE, "map", f"the map has block {block}, behind the end of a VDI of {limit} blocks")
+
+    def _end_of(self, regions: Array64, tail: Tail) -> Array64:
+        """The map's entries of whole regions at the end of the log."""
+        window = self._dense(self.chosen, regions)
+        apply(regions, window, effects(self.owner.log, tail.segments))
+        return window
+
     def _now(self, blocks: Array64, tail: Tail) -> Array64:
         """The map's entries of these blocks at the end of the log."""
         result = np.zeros(len(blocks), U64)
         everything = np.unique(blocks >> np.uint64(10))
         for start in range(0, len(everything), WINDOW_REGIONS):
             regions = everything[start : start + WINDOW_REGIONS]
-            window = self._dense(self.chosen, regions)
-            apply(regions, window, effects(self.owner.log, tail.segments))
+            window = self._end_of(regions, tail)
             at = np.minimum(np.searchsorted(regions, blocks >> np.uint64(10)), len(regions) - 1)
             inside = regions[at] == blocks >> np.uint64(10)
             result[inside] = window[at[inside], (blocks[inside] & np.uint64(1023)).astype(np.int64)]

@@ -3,7 +3,7 @@
 The directories of some segments are in memory at a time, and the maps are read once for each such batch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from objstore.check.checkpoints import MapReader, RootTable, dense
 from objstore.check.layout import REGION_BLOCKS, RESERVED, U64, Array64, Directory, data_lengths
+from objstore.check.replay import WINDOW_REGIONS
 
 BATCH_SEGMENTS: Final = 2048
 """Segments whose directories are laid out at a time: 64 MiB with segments of the largest size."""
@@ -142,6 +143,20 @@ class MapCheck:
         room = CANDIDATES_MAX - sum(len(found) for found, _ in self.lost)
         if len(blocks) and room > 0:
             self.lost.append((blocks[:room].copy(), entries[:room].copy()))
+
+
+def first_behind(limit: int, regions: Array64, window_of: Callable[[Array64], Array64]) -> int | None:
+    """The first block from `limit` on that a map has; None: there is none. regions: all that it has, rising; window_of:
+    the entries of some of them."""
+    regions = regions[regions >= np.uint64(limit // REGION_BLOCKS)]
+    for start in range(0, len(regions), WINDOW_REGIONS):
+        some = regions[start : start + WINDOW_REGIONS]
+        rows, columns = np.nonzero(window_of(some))
+        blocks = some[rows] * np.uint64(REGION_BLOCKS) + _WITHIN[columns]
+        behind = blocks[blocks >= np.uint64(limit)]
+        if len(behind):
+            return int(behind[0])
+    return None
 
 
 def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:

@@ -166,9 +166,12 @@ class Volume(Protocol):
 class Holder(Protocol):
     """Who opens volumes of a source for others and can be made to give one back."""
 
-    async def give_up(self, volume: Volume, reason: str) -> None:
+    async def give_up(self, volume: Volume, reason: str, *, orderly: bool) -> None:
         """Close every connection and handle that has this volume open; nothing that was asked for through one of them
-        and has not happened yet happens any more. Returns when all of them are closed."""
+        and has not happened yet happens any more. Returns when all of them are closed.
+
+        orderly: what connections have received is done and answered first, as far as that doesn't take long.
+        """
         ...
 
 

@@ -3,17 +3,20 @@
 Each is one catalog record, so after a crash it has happened or not.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from msgspec.structs import replace
 
-from objstore.errors import Busy, Exists, InvalidRequest, NotFound
+from objstore.errors import Busy, Exists, InvalidRequest, NotFound, StoreError
 from objstore.format.catalog import SnapshotEntry, VdiEntry
 from objstore.names import check_name
 from objstore.units import VDI_BYTES_MAX, format_size
 from objstore.volume.clones import CloneOperations
 from objstore.volume.status import SnapshotStatus, VdiStatus
+
+log = logging.getLogger(__name__)
 
 
 class ChangeOperations(CloneOperations):
@@ -49,23 +52,59 @@ class ChangeOperations(CloneOperations):
 
     # -- resizing -----------------------------------------------------------------------------------------------
 
-    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+    async def resize(self, name: str, size_bytes: int, *, force: bool = False, reconnect: bool = False) -> VdiStatus:
         """Make a VDI, attached or not, larger; what is new reads as zeros. Who is attached sees it when it connects
-        again. NotFound; InvalidRequest: smaller, or larger than possible; NoSpace: a preallocated one has no room."""
+        again. NotFound; InvalidRequest: smaller without `force`, or an impossible size; NoSpace: a preallocated one has
+        no room.
+
+        reconnect: then close whatever has the VDI open. force: it may become smaller, and what was behind its new end
+        is gone; whatever has it open is closed first, and nobody may open it until `resume`.
+        """
         entry = self._entry(name)
-        await self._own(self._resize(entry.vdi_id, size_bytes))
+        if not 0 < size_bytes <= VDI_BYTES_MAX:
+            raise InvalidRequest(f"size {size_bytes} is impossible: 1 byte to {format_size(VDI_BYTES_MAX)}")
+        if size_bytes < entry.size_bytes:
+            if not force:
+                raise InvalidRequest(
+                    f"VDI {name!r} has {format_size(entry.size_bytes)}; it is made smaller only by force: what is"
+                    " behind its new end is lost"
+                )
+            await self._own(self._shrink(entry, size_bytes))
+        else:
+            await self._own(self._grow(entry.vdi_id, size_bytes))
+            vdi = self._open.get(entry.vdi_id)
+            if reconnect and vdi is not None:
+                await self._own(self._give_up(vdi, "it has another size; open it again", orderly=True))
         return self.vdi(name)
 
-    async def _resize(self, vdi_id: int, size_bytes: int) -> None:
-        async with self.using(self._entry_of(vdi_id)) as vdi:
+    async def _shrink(self, entry: VdiEntry, size_bytes: int) -> None:
+        """One record makes it smaller; what is behind the end then is discarded, if not now at the next start, and
+        certainly before it is in front of the end again."""
+        reason = f"it was made smaller, from {entry.size_bytes} to {size_bytes} bytes"
+        vdi_id = entry.vdi_id
+        async with (
+            self._without_clients(entry, reason),
+            self._sized(vdi_id),
+            self.using(self._entry_of(vdi_id)) as vdi,
+        ):
+            async with self._change:
+                entry = self._entry_of(vdi_id)
+                if size_bytes >= entry.size_bytes:
+                    raise Busy(f"VDI {entry.name!r} was made smaller by somebody else")
+                smaller = replace(entry, size_bytes=size_bytes, former_bytes=entry.size_bytes, suspended=reason)
+                await self.catalog.commit(smaller)
+                vdi.shrink(size_bytes)
+            try:
+                await self._clear_behind(vdi_id)
+            except StoreError as error:
+                log.warning("what is behind the new end of VDI %s is discarded later: %s", entry.name, error)
+
+    async def _grow(self, vdi_id: int, size_bytes: int) -> None:
+        async with self._sized(vdi_id), self.using(self._entry_of(vdi_id)) as vdi:
             async with self._change:
                 entry = self._entry_of(vdi_id)
                 if size_bytes < entry.size_bytes:
-                    raise InvalidRequest(
-                        f"VDI {entry.name!r} has {format_size(entry.size_bytes)}; making it smaller is not possible"
-                    )
-                if size_bytes > VDI_BYTES_MAX:
-                    raise InvalidRequest(f"size {size_bytes} is impossible: at most {format_size(VDI_BYTES_MAX)}")
+                    raise Busy(f"VDI {entry.name!r} was made larger by somebody else")
                 if entry.prealloc:
                     await self._check_prealloc(size_bytes - entry.size_bytes)
                 await self.catalog.commit(replace(entry, size_bytes=size_bytes))
@@ -111,8 +150,12 @@ class ChangeOperations(CloneOperations):
     async def _rollback(self, snapshot_id: int, vdi_id: int, suspended: str = "") -> SnapshotEntry:
         """A clone of the snapshot takes the VDI's place; what was there stays as a VDI that is deleted and has the
         snapshot to go back to. suspended: the VDI is so from then on, and why; "" = as it was."""
+        async with self._sized(vdi_id):
+            return await self._rollback_sized(snapshot_id, vdi_id, suspended)
+
+    async def _rollback_sized(self, snapshot_id: int, vdi_id: int, suspended: str) -> SnapshotEntry:
         state = self.catalog.state
-        undo = await self._take(self._entry_of(vdi_id), hidden=True)
+        undo = await self._take_sized(self._entry_of(vdi_id), hidden=True)
         try:
             async with self._change:
                 entry = self._entry_of(vdi_id)

@@ -160,7 +160,7 @@ async def open_disk(
     which are named. force: then open what there is of it. snapshots: whose maps are in this log. base_root: what
     a clone's map begins with; the logs that it is in are open."""
     log = vdi.log
-    blocks = -(-vdi.size_bytes // BLOCK_BYTES)
+    blocks = -(-max(vdi.size_bytes, vdi.former_bytes) // BLOCK_BYTES)
     head = NO_HEAD if entry is None else head_of(entry)
     place = Placement(membership, log, vdi.copies)
     trust = Trust(env, membership.history)

@@ -101,12 +101,16 @@ class OpenVdis:
         try:
             vdi = self._open.get(vdi_id)
             if vdi is not None:
-                await asyncio.gather(*(holder.give_up(vdi, reason) for holder in self.holders))
+                await self._give_up(vdi, reason)
                 self._check_detached(entry)
                 await vdi.quiet()
             yield
         finally:
             del self._kept_out[vdi_id]
+
+    async def _give_up(self, vdi: Vdi, reason: str, *, orderly: bool = False) -> None:
+        """Make everybody close what they have open of a VDI. See Holder."""
+        await asyncio.gather(*(holder.give_up(vdi, reason, orderly=orderly) for holder in self.holders))
 
     def _check_detached(self, entry: VdiEntry) -> None:
         vdi = self._open.get(entry.vdi_id)

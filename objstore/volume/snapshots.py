@@ -7,7 +7,8 @@ whoever asked for it goes away.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,6 +31,8 @@ class SnapshotOperations(OpenVdis):
     def __init__(self, started: Started) -> None:
         super().__init__(started)
         self._work: set[asyncio.Task[Any]] = set()
+        self._sizing: dict[int, asyncio.Lock] = {}
+        """By vdi id; see `_sized`."""
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task of the store's own, which closing the store waits for."""
@@ -114,7 +117,41 @@ class SnapshotOperations(OpenVdis):
         snapshot = await self._take(entry, tag, protected=protected)
         return SnapshotTaken(snapshot=self._snapshot_status(snapshot), taken=True)
 
+    @asynccontextmanager
+    async def _sized(self, vdi_id: int) -> AsyncIterator[None]:
+        """Nobody else changes the VDI's size meanwhile, and nothing is in its map behind its end (DESIGN.md, 43)."""
+        lock = self._sizing.setdefault(vdi_id, asyncio.Lock())
+        async with lock:
+            await self._clear_behind(vdi_id)
+            yield
+
+    async def _clear_behind(self, vdi_id: int) -> None:
+        """With `_sized`'s lock held: discard what is behind the end of a VDI that was made smaller."""
+        state = self.catalog.state
+        entry = state.vdis.get(vdi_id)
+        if entry is None or not entry.former_bytes:
+            return
+        async with self.using(entry) as vdi:
+            await vdi.clear_behind()
+            async with self._change:
+                now = state.vdis.get(vdi_id)
+                if now is not None:
+                    await self.catalog.commit(msgspec.structs.replace(now, former_bytes=0))
+
+    async def _clear_later(self, vdi_id: int) -> None:
+        try:
+            async with self._sized(vdi_id):
+                pass
+        except StoreError as error:
+            log.warning("what is behind the end of a VDI that was made smaller is discarded later: %s", error)
+
     async def _take(
+        self, entry: VdiEntry, tag: str = "", *, protected: bool = False, hidden: bool = False
+    ) -> SnapshotEntry:
+        async with self._sized(entry.vdi_id):
+            return await self._take_sized(entry, tag, protected=protected, hidden=hidden)
+
+    async def _take_sized(
         self, entry: VdiEntry, tag: str = "", *, protected: bool = False, hidden: bool = False
     ) -> SnapshotEntry:
         state = self.catalog.state
@@ -326,6 +363,8 @@ class SnapshotOperations(OpenVdis):
         for entry in self.catalog.state.vdis.values():
             if entry.hidden and not entry.emptied:
                 self._begin(self._empty(entry))
+            elif entry.former_bytes and not entry.hidden:
+                self._begin(self._clear_later(entry.vdi_id))
 
 
 class Removal:

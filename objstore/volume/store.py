@@ -297,6 +297,7 @@ class Store(ChangeOperations):
             ranges = [
                 DamagedRange(offset_bytes=offset, length_bytes=min(length, entry.size_bytes - offset))
                 for offset, length in found
+                if offset < entry.size_bytes
             ]
             return VdiDamage(name=name, ranges=ranges, complete=not vdi.disk.damage.truncated)
 

@@ -84,6 +84,29 @@ class Vdi(Reading):
         self.size_bytes = size_bytes
         self.disk.blocks = -(-size_bytes // BLOCK_BYTES)
 
+    def shrink(self, size_bytes: int) -> None:
+        """It is so large from now on; `clear_behind` discards what is behind that."""
+        self.size_bytes = size_bytes
+
+    async def clear_behind(self) -> None:
+        """Discard what lies behind the end, and zero the rest of the last block; durable on return, whatever the mode.
+        NoSpace; Corrupt: that block can't be read."""
+        first, skip = self.size_bytes >> BLOCK_SHIFT, self.size_bytes & BLOCK_MASK
+        async with self._turn:
+            pieces: list[tuple[int, int, memoryview | int]] = []
+            if skip:
+                last = memoryview(bytearray(BLOCK_BYTES))
+                if await self.disk.read(first, 1, last) != 1:
+                    last[skip:] = bytes(BLOCK_BYTES - skip)
+                    pieces.append((first, 1, last))
+                first += 1
+            if first < self.disk.blocks:
+                pieces.append((first, self.disk.blocks - first, HOLE))
+            await self._append(pieces, always)
+            position = self._writer.position
+            self.disk.blocks = first
+        await self.durable_to(position)
+
     async def set_copies(self, copies: int, min_copies: int) -> None:
         """Segments made from now on have so many copies. What is open with another number is sealed first, before
         anything is measured by the new least number."""

@@ -75,6 +75,7 @@ SEGMENTS = [(40, 80, 0x11111111, 424, 3, 4, LIVE), (41, 2112, 0x22222222, 1024, 
 VDI = VdiEntry(
     vdi_id=2, name="größe", log=LOG, size_bytes=1 << 40, copies=2, mode="writeback", created=1.5, prealloc=True
 )
+SUSPENDED = msgspec.structs.replace(VDI, suspended="zurück", former_bytes=1 << 41)
 HEAD = HeadEntry(
     log=LOG,
     generation=GENERATION,
@@ -217,6 +218,7 @@ def make_all() -> dict[str, bytes]:
         "catalog-notes": b"".join(encode_entry(entry)[0] for entry in NOTES),
         "catalog-notes-snapshot": encode_snapshot(NOTES_SNAPSHOT, STORE_ID, 7),
         "catalog-snapshot": encode_snapshot(SNAPSHOT, STORE_ID, 6),
+        "catalog-suspended": encode_entry(SUSPENDED)[0],
     }
 
 

@@ -170,6 +170,18 @@ def test_attributes_and_jobs() -> None:
     assert decode_snapshot(stored("catalog-notes-snapshot"), golden.STORE_ID, 7) == golden.NOTES_SNAPSHOT
 
 
+def test_a_vdi_that_was_changed_by_force() -> None:
+    data = stored("catalog-suspended")
+    length = encode_entry(golden.SUSPENDED)[1]
+    assert decode_entry(data, length) == golden.SUSPENDED
+    plain = msgspec.msgpack.decode(data[:length])
+    assert (plain["suspended"], plain["former_bytes"]) == ("zurück", 1 << 41)
+    assert (
+        not {"suspended", "former_bytes", "hidden"}
+        & msgspec.msgpack.decode(stored("catalog-entries")[: encode_entry(golden.VDI)[1]]).keys()
+    )
+
+
 def test_catalog_snapshot() -> None:
     data = stored("catalog-snapshot")
     assert decode_snapshot(data, golden.STORE_ID, 6) == golden.SNAPSHOT

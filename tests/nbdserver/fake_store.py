@@ -198,7 +198,7 @@ class FakeStore:
         del self._vdis[name]
         return self._vdis[new]
 
-    async def resize(self, name: str, size_bytes: int) -> VdiStatus:
+    async def resize(self, name: str, size_bytes: int, *, force: bool = False, reconnect: bool = False) -> VdiStatus:
         self._vdis[name] = msgspec.structs.replace(self.vdi(name), size_bytes=size_bytes)
         return self._vdis[name]
 

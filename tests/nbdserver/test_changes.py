@@ -54,6 +54,21 @@ async def test_changes_of_a_disk_that_is_in_use(
             assert await client.read(0, len(A)) == A
         assert (await refused("rollback", "new@t"))[0] == 3
         assert (await refused("resize", "new", "1M"))[0] == 2
+        async with attached(server.address, "new") as client:
+            await client.write(8 * MIB, B)
+            assert (await ask("resize", "new", "24M", "--reconnect"))["attached"] == 0
+            with pytest.raises(Disconnected):
+                await client.read(0, 1)
+        async with attached(server.address, "new") as client:
+            assert client.size_bytes == 24 * MIB
+            assert await client.read(8 * MIB, len(B)) == B
+            assert "made smaller" in (await ask("resize", "new", "8M", "--force"))["suspended"]
+            with pytest.raises(Disconnected):
+                await client.read(0, 1)
+        await ask("resume", "new")
+        await ask("resize", "new", "24M")
+        async with attached(server.address, "new") as client:
+            assert await client.read(8 * MIB, len(B)) == bytes(len(B))
         assert server.stop() == (0, "")
     assert await asyncio.to_thread(main, ["vdi", "rollback", "new@2", "--zone", zones[0]]) == 0
     assert "what it was before is new@3" in capsys.readouterr().out

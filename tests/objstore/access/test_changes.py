@@ -32,6 +32,27 @@ async def test_clones_names_and_sizes(store: Connection, vdi: VdiHandle) -> None
         await store.resize("disk", 0)
 
 
+async def test_a_new_size_for_whoever_has_it_open(store: Connection, vdi: VdiHandle) -> None:
+    await vdi.write(8 * MIB - 4, b"last")
+    await store.resize("disk", 9 * MIB, reconnect=True)
+    with pytest.raises(Fenced, match="another size"):
+        await vdi.read(0, 1)
+    async with store.open("disk") as handle:
+        assert handle.size_bytes == 9 * MIB
+        assert await handle.read(8 * MIB - 4, 5) == b"last\0"
+        with pytest.raises(InvalidRequest, match="force"):
+            await store.resize("disk", MIB)
+        assert (await store.resize("disk", MIB, force=True)).suspended
+        with pytest.raises(Fenced, match="made smaller"):
+            await handle.read(0, 1)
+    with pytest.raises(Suspended, match="made smaller"):
+        await store.open("disk")
+    await store.resume("disk")
+    await store.resize("disk", 9 * MIB)
+    async with store.open("disk") as handle:
+        assert await handle.read(8 * MIB - 4, 4) == bytes(4)
+
+
 async def test_going_back(store: Connection, vdi: VdiHandle) -> None:
     await vdi.write(0, b"then")
     await store.create_snapshot("disk", "s")

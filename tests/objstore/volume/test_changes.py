@@ -7,8 +7,10 @@ import random
 import pytest
 
 from objstore.access.local import LocalConnection
-from objstore.errors import Busy, Exists, Fenced, InvalidRequest, NotFound, StoreError, Suspended
+from objstore.errors import Busy, Exists, Fenced, InvalidRequest, NoSpace, NotFound, StoreError, Suspended
 from objstore.units import BLOCK_BYTES, MIB, VDI_BYTES_MAX
+from objstore.volume.vdi import Vdi
+from tests.conftest import ExpectedWarnings
 from tests.objstore.check.stores import Checked, faults
 from tests.objstore.volume.test_snapshots import (
     attach,
@@ -333,7 +335,7 @@ async def test_scenario_21_a_disk_grows_and_what_is_new_is_zeros(world: World, r
     assert await get(vdi, 0, 3 * MIB) == bytes(model) + bytes(3 * MIB - size)
     await put(vdi, 3 * MIB - BLOCK_BYTES, b"n" * BLOCK_BYTES)
     await vdi.flush()
-    for bad in (size, 0, VDI_BYTES_MAX + 1):
+    for bad in (size, 0, VDI_BYTES_MAX + 1):  # smaller: only by force
         with pytest.raises(InvalidRequest):
             await store.resize("disk", bad)
     with pytest.raises(NotFound):
@@ -350,3 +352,152 @@ async def test_scenario_21_a_disk_grows_and_what_is_new_is_zeros(world: World, r
     await store.rollback("disk@s")
     assert store.vdi("disk").size_bytes == size
     assert await whole(world, "disk") == model
+
+
+def data(n: int, length: int) -> bytes:
+    """As `pattern`, for sizes that are no whole blocks."""
+    return pattern(n, length + BLOCK_BYTES)[:length]
+
+
+async def grown_again(world: World, size: int) -> bytes:
+    """What the disk shows after it has become that large."""
+    store = store_of(world)
+    await store.resume("disk")
+    await store.resize("disk", size)
+    return await whole(world, "disk")
+
+
+async def test_scenario_21_a_disk_that_was_made_smaller_grows_with_zeros(world: World) -> None:
+    size, small = 3 * MIB + 700, MIB + 1234
+    store = store_of(world)
+    handle = await LocalConnection(store).open((await make(world, size=size)).name)
+    await store.close(store.open_vdis()[0])
+    await handle.write(0, data(1, size))
+    await store.create_snapshot("disk", "s")
+    await handle.write(0, data(2, size), writeback=True)
+    with pytest.raises(InvalidRequest, match="only by force"):
+        await store.resize("disk", small)
+    with pytest.raises(InvalidRequest):
+        await store.resize("disk", 0, force=True)
+    assert (await store.resize("disk", small, force=True)).size_bytes == small
+    with pytest.raises(Fenced, match="made smaller"):
+        await handle.write(0, b"stale")
+    with pytest.raises(Suspended, match="made smaller"):
+        await store.open("disk")
+    await clean(world)
+    store = store_of(world)
+    assert "made smaller" in store.vdi("disk").suspended
+    assert await whole(world, "disk@s") == data(1, size)
+    await store.create_snapshot("disk", "t")
+    assert await whole(world, "disk@t") == data(2, size)[:small]
+    await store.clone("disk@t", "clone")
+    await store.resize("clone", size)
+    expected = data(2, size)[:small] + bytes(size - small)
+    assert await whole(world, "clone") == expected
+    assert await grown_again(world, size) == expected
+    await store.rollback("disk@s")
+    assert await whole(world, "disk") == data(1, size)
+    await store.rollback("disk@t")
+    assert await grown_again(world, size) == expected
+    await clean(world)
+
+
+@pytest.mark.parametrize("small", [MIB + 1234, MIB])
+async def test_a_shrink_cut_anywhere_is_done_or_not_and_shows_no_old_bytes(world: World, small: int) -> None:
+    size = 2 * MIB + 700
+    store = store_of(world)
+    vdi = await make(world, size=size)
+    await store.close(vdi)
+    seen = set()
+    for step in range(0, 80, 4):
+        store = store_of(world)
+        vdi = await attach(world)
+        await put(vdi, 0, data(step, size))
+        await vdi.flush()
+        await store.close(vdi)
+        task = asyncio.create_task(store.resize("disk", small, force=True))
+        await turns(step)
+        await world.kill()
+        with contextlib.suppress(StoreError, asyncio.CancelledError):
+            await task
+        assert not faults(Checked(world).check())
+        store = await world.open()
+        done = store.vdi("disk").size_bytes == small
+        seen.add(done)
+        assert bool(store.vdi("disk").suspended) == done
+        if step % 3 == 0:  # the snapshot's map has nothing behind its end either
+            await store.create_snapshot("disk", f"s{step}")
+            await store.clone(f"disk@s{step}", f"clone{step}")
+            await store.resize(f"clone{step}", size)
+            kept = small if done else size
+            assert await whole(world, f"clone{step}") == data(step, size)[:kept] + bytes(size - kept)
+        if done:
+            assert await grown_again(world, size) == data(step, size)[:small] + bytes(size - small)
+        else:
+            assert await whole(world, "disk") == data(step, size)
+    assert seen == {True, False}
+    await clean(world)
+
+
+async def test_what_is_behind_the_end_may_have_no_place_to_be_discarded_now(
+    world: World, monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
+) -> None:
+    """The record counts, the rest comes later: until then nobody grows the disk or takes a snapshot of it."""
+    expected_warnings.allow("discarded later")
+    store = store_of(world)
+    vdi = await make(world, size=SIZE)
+    await put(vdi, 0, data(1, SIZE))
+    await store.close(vdi)
+
+    async def full(self: Vdi) -> None:
+        raise NoSpace("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Vdi, "clear_behind", full)
+        await store.resize("disk", MIB - 1, force=True)
+        for change in (store.resize("disk", SIZE), store.create_snapshot("disk"), store.clone("disk", "c")):
+            with pytest.raises(NoSpace):
+                await change
+        with pytest.raises(NoSpace):
+            await store.resize("disk", BLOCK_BYTES, force=True)
+    assert not faults(Checked(world).check())
+    assert await grown_again(world, SIZE) == data(1, SIZE)[: MIB - 1] + bytes(SIZE - MIB + 1)
+    await clean(world)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+async def test_the_check_sees_what_is_left_behind_the_end(
+    world: World, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    store = store_of(world)
+    vdi = await make(world, size=SIZE)
+    await put(vdi, 0, data(1, SIZE))
+    await vdi.flush()
+    await store.close(vdi)
+
+    async def forgets(self: Vdi) -> None:
+        pass
+
+    monkeypatch.setattr(Vdi, "clear_behind", forgets)
+    await store.resize("disk", MIB, force=True)
+    await (world.stop() if stopped else world.kill())
+    assert "behind the end" in str(faults(Checked(world).check()))
+
+
+async def test_disks_grow_and_shrink_at_once(world: World) -> None:
+    store = store_of(world)
+    vdi = await make(world, size=SIZE)
+    await put(vdi, 0, data(1, SIZE))
+    await vdi.flush()
+    await store.close(vdi)
+    sizes = [MIB, SIZE, BLOCK_BYTES, 3 * MIB, MIB // 2, SIZE]
+    done = await asyncio.gather(
+        *(store.resize("disk", size, force=True) for size in sizes),
+        *(store.create_snapshot("disk") for _ in range(2)),
+        return_exceptions=True,
+    )
+    assert all(not isinstance(one, BaseException) or isinstance(one, Busy) for one in done)
+    least = min(size for size, one in zip(sizes, done, strict=False) if not isinstance(one, BaseException))
+    shown = await grown_again(world, 4 * MIB)
+    assert shown == data(1, SIZE)[:least] + bytes(4 * MIB - least)
+    await clean(world)
