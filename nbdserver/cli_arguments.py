@@ -148,6 +148,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--swap", action="store_true", help="keep all memory, for clients that swap to a disk of this server"
     )
+    parser.add_argument("--metrics", metavar="URL", help="tcp://HOST:PORT where Prometheus may ask (default: nowhere)")
     parser.add_argument("--verbose", "-v", action="store_true", help="log connections and store events to stderr")
 
 

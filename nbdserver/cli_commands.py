@@ -83,6 +83,7 @@ def _plan(arguments: argparse.Namespace) -> "ServePlan":
         listen=arguments.listen or config.listen,
         default=arguments.default or config.default,
         control=arguments.control or config.control,
+        metrics=arguments.metrics or config.metrics,
         store=config.store,
         server=replace(config.server, list_snapshots=True) if arguments.list_snapshots else config.server,
         force=arguments.force_open,

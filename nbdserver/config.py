@@ -53,6 +53,7 @@ class _TopLevel:
     listen: list[str] = field(default_factory=list)
     default: str | None = None
     control: str | None = None
+    metrics: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Config:
     listen: tuple[str, ...] = ()
     default: str | None = None
     control: Path | None = None
+    metrics: str | None = None
     vdi: Mapping[str, VdiConfig] = field(default_factory=dict)
     store: StoreSettings = field(default_factory=StoreSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -120,6 +122,7 @@ def parse(document: Mapping[str, Any], directory: Path) -> Config:
         listen=tuple(top.listen),
         default=top.default,
         control=directory / top.control if top.control is not None else None,
+        metrics=top.metrics,
         vdi=vdis,
         store=_convert(_table(document, "store"), StoreSettings, "store", _keys(StoreSettings)),
         server=_server_settings(_table(document, "server")),

@@ -33,6 +33,7 @@ from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_A
 from nbdserver.exports import Exports
 from nbdserver.handshake import Enter, Handshake, State
 from nbdserver.identity import Fences, Peer
+from nbdserver.meters import Counts, Meter, Meters
 from nbdserver.sending import Sender
 from nbdserver.settings import ServerSettings
 from nbdserver.transmission import RECEIVE_BYTES, Transmission
@@ -67,6 +68,9 @@ class Common:
         """Awaited when a connection has taken its volume, before its first request."""
         self.complain = Complaints(log)
         self.fences = Fences()
+        self.counts = Counts()
+        self.meters: Meters | None = None
+        """Set before the first connection: requests are counted for each export."""
         self.numbers = itertools.count(1)
         self.pool = BufferPool(settings.buffer_bytes_max)
         self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
@@ -94,6 +98,7 @@ class Connection:
         )
         self._transmission: Transmission | None = None
         self._dispatch: Dispatch | None = None
+        self._meter: Meter | None = None
         self._hang_up = select.poll()
         self._hang_up.register(sock.fileno(), HUNG_UP)
         self._readable = select.poll()
@@ -241,9 +246,11 @@ class Connection:
             async with asyncio.timeout(self._settings.handshake_seconds) as limit:
                 info = await self._shake_hands(limit)
         except TimeoutError:
+            self._common.counts.failed_handshakes += 1
             log.info("handshake took too long peer=%s", self.peer)
             return False
         except ProtocolError as error:
+            self._common.counts.failed_handshakes += 1
             log.info("handshake failed peer=%s: %s", self.peer, error)
             return True
         if info is None:
@@ -317,6 +324,8 @@ class Connection:
         agreement = self._handshake.agreement
         style = replies.style(structured=agreement.structured, extended=agreement.extended)
         common = self._common
+        if common.meters is not None:
+            self._meter = common.meters.take(self.export or "")
         self._dispatch = Dispatch(
             self.volume,
             style,
@@ -325,6 +334,7 @@ class Connection:
             common.reply_area,
             extended=agreement.extended,
             contexts=agreement.contexts,
+            meter=self._meter,
         )
         self._transmission = Transmission(
             common.receive_buffer,
@@ -427,6 +437,7 @@ class Connection:
                         self._payload_since = time.monotonic()
                     return True
         except ProtocolError as error:
+            self._common.counts.broken += 1
             log.info("protocol broken peer=%s export=%s: %s", self.peer, self.export, error)
             self.finish()
             return False
@@ -565,6 +576,9 @@ class Connection:
     async def _give_volume_back(self) -> None:
         if self._dispatch is not None:
             await self._dispatch.settle()
+        if self._common.meters is not None and self._meter is not None:
+            self._common.meters.give_back(self._meter)
+            self._meter = None
         if self.volume is not None:
             await self._common.exports.source.close(self.volume)
             self.volume = None

@@ -4,7 +4,6 @@ GET /v1/openapi.json describes it (operations.py). Runs in the server's own even
 from memory or awaits the store. Who may open the socket may do everything: the file's mode is the access control.
 """
 
-import logging
 import os
 import socket
 import stat
@@ -14,9 +13,9 @@ from typing import Any, Final, Protocol
 
 import msgspec
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from nbdserver.control_data import AttributeOperations, AttributesOfVdis, JobOperations, JobsOfStore, Sessions
+from nbdserver.http_log import http_log
 from nbdserver.operations import describe, operation, operations, route
 from objstore.access.api import (
     BODY_BYTES_MAX,
@@ -54,7 +53,7 @@ from objstore.volume.status import (
 SHUTDOWN_SECONDS: Final = 10.0
 """How long `stop` waits for requests that are being answered."""
 
-HTTP_LOG: Final = logging.getLogger(__name__)
+HTTP_LOG: Final = http_log(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -281,15 +280,6 @@ class ControlServer:
         """Add, drain, remove, replace a zone, or change its weight; the zones as they are then."""
         await self._store.change_zones(body.action, body.zone, path=body.path, weight=body.weight, force=body.force)
         return (await self._store.status()).zones
-
-
-def _is_our_fault(record: logging.LogRecord) -> bool:
-    """Bytes that are no request of HTTP are answered with 400; a traceback in the log would help nobody."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError)
-
-
-HTTP_LOG.addFilter(_is_our_fault)
 
 
 def _bind(path: Path) -> socket.socket:

@@ -12,12 +12,14 @@ Spec: proto.md, "Request types", "Error values", "Structured reply types".
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from time import perf_counter_ns
 from typing import Any, Final, NamedTuple, Protocol
 
 from nbdserver.buffers import HEAD_BYTES, Buffer, BufferPool
 from nbdserver.chunks import SPARSE_BYTES_MIN, damaged, sparse
 from nbdserver.complaints import Complaints
 from nbdserver.exports import CONTEXTS, STATUS_EXTENTS_MAX
+from nbdserver.meters import Meter
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
 from nbdserver.wire.constants import Command, CommandFlag, ErrorValue, OptionReply
@@ -138,17 +140,17 @@ sends 20 times as many as it needs); while they wait, its connection is not read
 
 
 class FlushGroup(NamedTuple):
-    """A flush under way: `Volume.flush_state` when it began, and who waits for it (cookie, offset)."""
+    """A flush under way: `Volume.flush_state` when it began, and who waits for it (cookie, offset, taken at)."""
 
     state: int
-    waiting: list[tuple[int, int]]
+    waiting: list[tuple[int, int, int]]
 
 
 class Dispatch:
     """The requests of one connection.
 
     area: REPLY_AREA_BYTES, shared by all connections of the loop; only `run` writes into it, and `run` does not wait.
-    contexts: id and name of the selected metadata contexts.
+    contexts: id and name of the selected metadata contexts. meter: counts what is done; None = nobody does.
     Every attribute is changed in the event loop only; tasks own their buffers until they end.
     """
 
@@ -162,6 +164,7 @@ class Dispatch:
         *,
         extended: bool,
         contexts: Sequence[tuple[int, str]] = (),
+        meter: Meter | None = None,
     ) -> None:
         self.held_bytes = 0
         """Data of the requests that tasks are working on."""
@@ -176,6 +179,9 @@ class Dispatch:
         self._area = area
         self._extended = extended
         self._contexts = dict(contexts)
+        self._meter = meter
+        self._began = 0
+        """When the batch at hand was taken (perf_counter_ns)."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._flush_group: FlushGroup | None = None
         """The youngest flush under way."""
@@ -253,7 +259,8 @@ class Dispatch:
         sparse_bytes_min = SPARSE_BYTES_MIN if replies.chunked else REQUEST_BYTES_MAX
         plain_write_flags = self._plain_write_flags
         area = self._area
-        at = 0
+        at = reads = writes = read_bytes = written_bytes = 0
+        began = self._began = perf_counter_ns()
         self.request_count += len(batch)
         for request in batch:
             command, flags, cookie, offset, length, payload, buffer = request
@@ -265,12 +272,18 @@ class Dispatch:
                         zeros = read_now(offset, length, area[data_at:end])
                         if zeros == length:
                             at += self._put_zeros(area, at, cookie, offset, length)
+                            reads += 1
+                            read_bytes += length
                             continue
                         if 0 <= zeros < sparse_bytes_min:
                             put_data(area, at, cookie, offset, length)
                             at = end
+                            reads += 1
+                            read_bytes += length
                             continue
                     elif length > BATCH_READ_BYTES_MAX and not flags and self._read_large(cookie, offset, length):
+                        reads += 1
+                        read_bytes += length
                         continue
                 elif (
                     command == _WRITE
@@ -283,6 +296,8 @@ class Dispatch:
                     if buffer is not None:
                         self._pool.release(buffer)
                     at += replies.put_done(area, at, cookie, offset)
+                    writes += 1
+                    written_bytes += length
                     continue
             except Exception as error:  # noqa: BLE001 - nothing that a volume raises may end the loop's callback
                 if buffer is not None:
@@ -292,6 +307,13 @@ class Dispatch:
             self._begin(request)
         if at:
             self._outbox.put_area(at)
+        meter = self._meter
+        if meter is not None:
+            took = perf_counter_ns() - began
+            if reads:
+                meter.batch(_READ, reads, read_bytes, took)
+            if writes:
+                meter.batch(_WRITE, writes, written_bytes, took)
 
     def _put_zeros(self, area: memoryview, at: int, cookie: int, offset: int, length: int) -> int:
         """The reply to a read of nothing but zeros; returns its length."""
@@ -342,8 +364,7 @@ class Dispatch:
         if refused is not None:
             if buffer is not None:
                 self._pool.release(buffer)
-            self.error_count += 1
-            self._outbox.put((self._replies.error(cookie, offset, *refused),))
+            self._refuse(cookie, offset, *refused)
             return
         if command == Command.FLUSH:
             self._begin_flush(cookie, offset)
@@ -356,7 +377,7 @@ class Dispatch:
         if command == _READ or payload is not None:
             self.held_bytes += length
         request = (command, flags, cookie, offset, length, payload, buffer)
-        self._start(self._answer(request, copied_bytes))
+        self._start(self._answer(request, copied_bytes, self._began))
 
     def _begin_flush(self, cookie: int, offset: int) -> None:
         """Answer a flush at once if nothing awaits durability; let it share the flush under way if nothing changed
@@ -365,10 +386,12 @@ class Dispatch:
         group = self._flush_group
         if not state:
             self._done(cookie, offset)
+            if self._meter is not None:
+                self._meter.batch(Command.FLUSH, 1, 0, perf_counter_ns() - self._began)
         elif group is not None and group.state == state and len(group.waiting) < FLUSHES_JOINED_MAX:
-            group.waiting.append((cookie, offset))
+            group.waiting.append((cookie, offset, self._began))
         else:
-            group = self._flush_group = FlushGroup(state, [(cookie, offset)])
+            group = self._flush_group = FlushGroup(state, [(cookie, offset, self._began)])
             self._start(self._flush(group))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -380,14 +403,17 @@ class Dispatch:
         self._tasks.discard(task)
         self._outbox.task_ended()
 
-    async def _answer(self, request: Request, copied_bytes: int) -> None:
-        """Do one request that may wait, and queue its reply."""
+    async def _answer(self, request: Request, copied_bytes: int, began: int) -> None:
+        """Do one request that may wait, and queue its reply. began: when it was taken."""
         command, _, cookie, offset, length, payload, buffer = request
+        done_bytes = 0
         try:
             await _PERFORM[command](self, request)
+            done_bytes = length
         except Exception as error:  # noqa: BLE001 - whatever it is, the request gets its reply
             self._fail(error, command, cookie, offset)
         finally:
+            self._count(command, done_bytes, began)
             if buffer is not None:
                 self._pool.release(buffer)
             if copied_bytes:
@@ -401,10 +427,21 @@ class Dispatch:
         if dropped or isinstance(error, errors.Stopping):
             self._outbox.finish()
             return
-        self.error_count += 1
-        self._outbox.put((self._replies.error(cookie, offset, error_value(error, command), str(error)),))
+        self._refuse(cookie, offset, error_value(error, command), str(error))
         if isinstance(error, errors.Fenced):
             self._outbox.finish()
+
+    def _refuse(self, cookie: int, offset: int, value: ErrorValue, message: str) -> None:
+        """Answer a request with an error."""
+        self.error_count += 1
+        if self._meter is not None:
+            self._meter.error(value.name)
+        self._outbox.put((self._replies.error(cookie, offset, value, message),))
+
+    def _count(self, command: int, length: int, began: int) -> None:
+        """A request that was taken at `began` has been answered, or dropped with its connection."""
+        if self._meter is not None:
+            self._meter.one(command, length, perf_counter_ns() - began)
 
     def _done(self, cookie: int, offset: int) -> None:
         self._outbox.put((self._replies.done(cookie, offset),))
@@ -420,12 +457,14 @@ class Dispatch:
         try:
             await self._volume.flush()
         except Exception as error:  # noqa: BLE001 - whatever it is, each of them gets its reply
-            for cookie, offset in group.waiting:
+            for cookie, offset, _ in group.waiting:
                 self._fail(error, Command.FLUSH, cookie, offset)
         else:
-            for cookie, offset in group.waiting:
+            for cookie, offset, _ in group.waiting:
                 self._done(cookie, offset)
         finally:
+            for _, _, began in group.waiting:
+                self._count(Command.FLUSH, 0, began)
             if self._flush_group is group:
                 self._flush_group = None
 
@@ -496,6 +535,8 @@ class Dispatch:
                 if not self._replies.chunked or not 0 < len(error.bad) <= DAMAGED_RANGES_MAX:
                     raise
                 self.error_count += 1
+                if self._meter is not None:
+                    self._meter.error(ErrorValue.EIO.name)
                 views = damaged(self._replies, cookie, offset, into, error.bad, str(error), whole=whole)
                 self._outbox.put(views, buffer)
                 buffer = None

@@ -17,6 +17,7 @@ from nbdserver.connection import Common, Connection
 from nbdserver.exports import Exports
 from nbdserver.identity import Fences, peer_of
 from nbdserver.listening import Listener, Listening
+from nbdserver.meters import Meters, Network
 from nbdserver.settings import ServerSettings
 from objstore.access.api import ClientStatus
 from objstore.errors import StoreError
@@ -158,6 +159,23 @@ class Server:
         in_flight = sum(one.in_flight for one in known)
         return self._ended_before + sum(one.request_count for one in known) - in_flight, in_flight
 
+    def meter(self) -> None:
+        """Count requests for each export; before `start`."""
+        self._common.meters = Meters()
+
+    def network(self) -> Network:
+        """What it counts, as metrics want it."""
+        common = self._common
+        return Network(
+            meters=[] if common.meters is None else common.meters.copies(),
+            clients=self.clients(),
+            counts=common.counts,
+            fenced=len(common.fences.seconds_left()),
+            buffer_bytes=common.pool.held_bytes,
+            buffer_bytes_max=common.pool.bytes_max,
+            connections_max=self.settings.connections_max,
+        )
+
     @property
     def fences(self) -> Fences:
         """Clients that may not open any export."""
@@ -207,6 +225,7 @@ class Server:
                 continue
             sock.setblocking(False)
             if len(self._connections) >= self.settings.connections_max:
+                self._common.counts.refuse("connections_max")
                 self._common.complain(
                     "refused", "connection refused: connections_max=%d are open", self.settings.connections_max
                 )
@@ -218,6 +237,7 @@ class Server:
             except OSError:
                 sock.close()
                 continue
+            self._common.counts.accepted += 1
             connection = Connection(sock, peer, self._common)
             task = asyncio.get_running_loop().create_task(connection.run())
             self._connections[connection] = task
@@ -281,6 +301,7 @@ class Server:
                 limit = time.monotonic() - self.settings.stall_seconds
                 for connection in list(self._connections):
                     if connection.stalled_since is not None and connection.stalled_since < limit:
+                        self._common.counts.stalled += 1
                         connection.abort("it stalled and others wait for its memory")
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -42,12 +42,15 @@ from objstore.volume.directories import zone_paths
 from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_store
 
+if TYPE_CHECKING:
+    from nbdserver.metrics_http import MetricsServer
+
 LOG: Final = logging.getLogger(__name__)
 GC_THRESHOLD: Final = 50_000
 VSOCK_LOOPBACK_CID: Final = 1
 """VMADDR_CID_LOCAL (vsock(7)), which the socket module does not name."""
 RELOAD_SIGNAL: Final = signal.SIGHUP
-NEEDING_RESTART: Final = ("zones", "listen", "control", "store", "swap")
+NEEDING_RESTART: Final = ("zones", "listen", "control", "metrics", "store", "swap")
 """Fields of a plan that a reload does not change."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 CONTROL_NAME: Final = "control"
@@ -64,6 +67,8 @@ class ServePlan:
     listen: Sequence[str] = ()
     default: str | None = None
     control: Path | None = None
+    metrics: str | None = None
+    """Where to answer scrapes; None = nowhere."""
     store: StoreSettings = field(default_factory=StoreSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     force: bool = False
@@ -150,6 +155,7 @@ async def _serve_store(
     store.holders.append(server)
     more = [ClientOperations(server), ServerOperations(reloader.reload)]
     control_server = ControlServer(store, server_status, more)
+    metrics = await _start_metrics(plan.metrics, store, server)
     try:
         await control_server.start(where.control, where.control_socket)
         await server.start(where.listeners, where.handed)
@@ -165,6 +171,23 @@ async def _serve_store(
         await reloader.close()
         await server.stop()
         await control_server.stop()
+        if metrics is not None:
+            await metrics.stop()
+
+
+async def _start_metrics(address: str | None, store: Store, server: Server) -> "MetricsServer | None":
+    """Answer scrapes, if that is wanted."""
+    if address is None:
+        return None
+    from nbdserver.metrics_http import MetricsServer
+
+    server.meter()
+    metrics = MetricsServer(store, server.network)
+    await metrics.start(address)
+    host, port = metrics.address
+    if exposed(Listener(host=host, port=port)):
+        _warn(f"metrics at {address} can be read from other hosts: names of VDIs and paths of zones among them")
+    return metrics
 
 
 def _progress(store: Store, server: Server) -> Progress:

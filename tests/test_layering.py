@@ -22,7 +22,7 @@ BASE = {
 }
 WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
-IDENTITY = {"nbdserver.identity"}
+IDENTITY = {"nbdserver.identity", "nbdserver.meters"}
 CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
 SERVER = {"nbdserver.listening", "nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
 CONTROL = {
@@ -50,11 +50,17 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.buffers": set(),
     "nbdserver.complaints": set(),
     "nbdserver.identity": set(),
+    "nbdserver.http_log": set(),
+    "nbdserver.meters": WIRE,
+    "nbdserver.metrics": WIRE | {"nbdserver.meters"},
+    "nbdserver.metrics_http": {"nbdserver.http_log", "nbdserver.meters", "nbdserver.metrics"},
     "nbdserver.exports": WIRE,
     "nbdserver.handshake": WIRE | {"nbdserver.exports"},
     "nbdserver.transmission": WIRE,
     "nbdserver.chunks": WIRE,
-    "nbdserver.dispatch": WIRE | MACHINES | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.complaints"},
+    "nbdserver.dispatch": WIRE
+    | MACHINES
+    | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.complaints", "nbdserver.meters"},
     "nbdserver.sending": WIRE,
     "nbdserver.settings": {"nbdserver.handshake"},
     "nbdserver.connection": WIRE
@@ -70,13 +76,14 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.heartbeat": {"nbdserver.systemd"},
     "nbdserver.control_server": {"nbdserver.operations"},
     "nbdserver.operations": set(),
-    "nbdserver.control": {"nbdserver.operations", "nbdserver.control_data"},
+    "nbdserver.control": {"nbdserver.http_log", "nbdserver.operations", "nbdserver.control_data"},
     "nbdserver.control_data": {"nbdserver.operations", "objstore.access.local_vdi"},
     "nbdserver.control_client": set(),
     "nbdserver.control_clients": IDENTITY | {"nbdserver.operations"},
     "nbdserver.service": SERVER
     | CONTROL
     | {"nbdserver.flusher", "nbdserver.heartbeat"}
+    | {"nbdserver.metrics_http"}
     | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
     "nbdserver.cli_arguments": {"nbdserver.cli_library_arguments", "nbdserver.cli_server_arguments"},

@@ -462,6 +462,7 @@ class Collector:
         disk.env.segments[target >> BLOCK_BITS].live += len(lbas)
         victim.live -= len(lbas)
         self._rest_moves += len(lbas)
+        disk.env.moved_blocks += len(lbas)
         return np.frombuffer(into, np.uint8).reshape(-1, BLOCK_BYTES)
 
     async def close(self) -> None:

@@ -135,6 +135,11 @@ class Env:
         self.maps = MapMemory(settings.map_memory_bytes)
         self.bad_copies = 0
         """Blocks and directories that a zone returned with a wrong checksum since the store was opened."""
+        self.loaded_pages = 0
+        """Pages of block maps that were read from zones because map_memory_bytes did not hold them, and at opening."""
+        self.moved_blocks = 0
+        """Blocks that collection has appended again since the store was opened."""
+        self.freed_segments = 0
         self.rebuilt_pages = 0
         """Map pages that no zone had whole and that the log gave again, since the store was opened."""
         self.on_bad_copy: Callable[[Segment, int], None] = lambda segment, zone: None

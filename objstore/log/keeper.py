@@ -667,6 +667,7 @@ class Keeper:
             del disk.dead[number]
             disk.dead_blocks -= segment.blocks
             disk.env.segments.pop(segment.key, None)
+            disk.env.freed_segments += 1
             segment.close_handles()
             self._retire(segment)
 

@@ -71,6 +71,7 @@ class MappedView:
             return
         for region, ref, page in pages:
             self.map.load(region, ref, decode_region(page))
+            self.env.loaded_pages += 1
 
     async def _rebuild(self, error: LostPages) -> None:
         """Pages are whole in no zone: see what the log makes of them, for the next checkpoint to have. LostPages."""

@@ -263,5 +263,15 @@ class StoreStatus(Struct, frozen=True, kw_only=True):
     """Segments of open VDIs with fewer copies in service than they should have."""
     rebuilt_pages: int = 0
     """Map pages that no zone had whole and that the log gave again, since the store was opened."""
+    bad_copies: int = 0
+    """Blocks and directories that a zone returned with a wrong checksum, since the store was opened."""
+    moved_bytes: int = 0
+    """What collection has written again, one copy, since the store was opened."""
+    freed_segments: int = 0
+    """Since the store was opened."""
+    loaded_map_pages: int = 0
+    """Pages of block maps that had to be read from zones, since the store was opened."""
+    crowded_vdis: int = 0
+    """Open VDIs whose writes wait until collection has freed space."""
     last_flushes: dict[str, float | None] = {}
     """Unix time of the last flush of each open VDI; null = none since the store was opened."""

@@ -251,6 +251,10 @@ class Store(ChangeOperations):
         """Every VDI, by name."""
         return [self.vdi(name) for name in self.names()]
 
+    def open_statuses(self) -> list[VdiStatus]:
+        """The VDIs that are open."""
+        return [self.vdi(vdi.name) for vdi in self.open_vdis() if vdi.name in self.catalog.state.names]
+
     def vdi(self, name: str) -> VdiStatus:
         """One VDI. NotFound."""
         state = self.catalog.state
@@ -388,9 +392,9 @@ class Store(ChangeOperations):
 
         return await self.jobs.start("allocate", name, offset_bytes, length_bytes, step)
 
-    async def status(self) -> StoreStatus:
-        """The store as a whole; the zones are asked for their space outside the event loop."""
-        return await store_status(self)
+    async def status(self, *, thorough: bool = True) -> StoreStatus:
+        """The store as a whole; the zones are asked for their space outside the event loop, unless not thorough."""
+        return await store_status(self, thorough=thorough)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from objstore.format.document import FORMAT_VERSION, Epoch, Member, Outside
 from objstore.log.env import Env
 from objstore.replica.membership import Membership
 from objstore.replica.zone import run_long
+from objstore.units import BLOCK_SHIFT
 from objstore.version import VERSION
 from objstore.volume.catalog import Catalog
 from objstore.volume.recovery import Recovery
@@ -35,8 +36,9 @@ class SummarizedStore(Protocol):
     def open_vdis(self) -> list[Vdi]: ...
 
 
-async def store_status(store: SummarizedStore) -> StoreStatus:
-    """The store as a whole; the zones are asked for their space outside the event loop."""
+async def store_status(store: SummarizedStore, *, thorough: bool = True) -> StoreStatus:
+    """The store as a whole; the zones are asked for their space outside the event loop. thorough: false = without what
+    takes long in a large store: that space, and counting segments that have too few copies."""
     env = store.env
     epoch = store.membership.epoch
     vdis = store.vdis()
@@ -48,13 +50,13 @@ async def store_status(store: SummarizedStore) -> StoreStatus:
     failing = {zone.index for zone in env.zones if zone.error is not None}
     stopped = bool(reasons) or not failing.isdisjoint(env.in_service)
     reasons += _zone_reasons(env, epoch)
-    fewer = _fewer_copies(env, store.open_vdis())
+    fewer = _fewer_copies(env, store.open_vdis()) if thorough else []
     reasons += [text for text, _ in fewer]
     if env.rebuilt_pages:
         reasons.append(f"{env.rebuilt_pages} map pages were damaged in every copy and made again from the log")
     reasons += _copy_reasons(vdis, scrub, recovery)
     zones = [
-        *(await asyncio.gather(*(_member_status(store, member) for member in epoch.members))),
+        *(await asyncio.gather(*(_member_status(store, member, thorough) for member in epoch.members))),
         *(_out_status(env, zone) for zone in epoch.out),
     ]
     zones.sort(key=lambda zone: zone.number)
@@ -78,6 +80,11 @@ async def store_status(store: SummarizedStore) -> StoreStatus:
         recovery=recovery,
         under_replicated=sum(count for _, count in fewer),
         rebuilt_pages=env.rebuilt_pages,
+        bad_copies=env.bad_copies,
+        moved_bytes=env.moved_blocks << BLOCK_SHIFT,
+        freed_segments=env.freed_segments,
+        loaded_map_pages=env.loaded_pages,
+        crowded_vdis=sum(vdi.collector.tight for vdi in store.open_vdis()),
         last_flushes={vdi.name: vdi.last_flush for vdi in store.open_vdis()},
     )
 
@@ -120,7 +127,7 @@ def _fewer_copies(env: Env, vdis: Iterable[Vdi]) -> list[tuple[str, int]]:
     return lines
 
 
-async def _member_status(store: SummarizedStore, member: Member) -> ZoneStatus:
+async def _member_status(store: SummarizedStore, member: Member, thorough: bool) -> ZoneStatus:
     env, epoch = store.env, store.membership.epoch
     zone = env.zones[member.number]
     since = epoch.number
@@ -128,10 +135,12 @@ async def _member_status(store: SummarizedStore, member: Member) -> ZoneStatus:
         if all(other.id != member.id for other in each.members):
             break
         since = each.number
+    used = free = 0
     try:
-        used, free = await run_long(env.executor, member.number, measure, zone.backend)
+        if thorough:
+            used, free = await run_long(env.executor, member.number, measure, zone.backend)
     except StoreError:
-        used = free = 0
+        pass
     return ZoneStatus(
         number=member.number,
         id=member.id,

@@ -71,7 +71,7 @@ class FakeStore:
         self.rate = 0
         self.changes: list[tuple[str, str, str | None, float | None, bool]] = []
 
-    async def status(self) -> StoreStatus:
+    async def status(self, *, thorough: bool = True) -> StoreStatus:
         zone = ZoneStatus(
             number=0,
             id="0f" * 16,

@@ -552,3 +552,28 @@ async def test_clients_are_listed_fenced_and_let_in_from_the_command_line(
     code, line = fails(capsys, "client", "list", *zone)
     assert code == 7
     assert "no server" in line
+
+
+async def test_metrics_are_served_where_they_are_asked_for(tmp_path: Path, zones: list[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serving(tmp_path, zones[:1], "--vdi", "disk:1M", "--metrics", f"tcp://127.0.0.1:{port}") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            await client.write(0, BLOCK)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            page = (await reader.read()).decode()
+            writer.close()
+            await writer.wait_closed()
+        assert 'sheepfold_request_seconds_count{command="write",vdi="disk"} 1.0' in page
+        code, complaints = server.stop()
+        assert (code, complaints) == (0, "")
+
+
+def test_a_metrics_address_that_can_not_be_had_ends_the_start(tmp_path: Path, zones: list[str]) -> None:
+    with serving(tmp_path, zones[:1], "--metrics", "unix:///somewhere") as server:
+        assert server.process.wait(timeout=60) == 2
+        assert server.process.stderr is not None
+        assert "metrics address" in server.process.stderr.read()
