@@ -30,7 +30,7 @@ from typing import Final
 from nbdserver.buffers import Buffer, BufferPool
 from nbdserver.complaints import Complaints
 from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, open_volume
-from nbdserver.exports import Exports
+from nbdserver.exports import Exports, query_of, snapshot_of
 from nbdserver.handshake import Enter, Handshake, State
 from nbdserver.identity import Fences, Peer
 from nbdserver.meters import Counts, Meter, Meters
@@ -87,6 +87,8 @@ class Connection:
         self.number = next(common.numbers)
         self.export: str | None = None
         self.volume: Volume | None = None
+        self._snapshots: dict[str, Volume] = {}
+        """Those that the selected contexts compare with, by their tags."""
         self._sock = sock
         self._common = common
         self._settings = common.settings
@@ -313,6 +315,16 @@ class Connection:
             return None
         volume = self.volume = opened
         self.export = name
+        for tag in dict.fromkeys(map(snapshot_of, self._handshake.contexts_of(name))):
+            if tag is not None:
+                snapshot = f"{name.partition('@')[0]}@{tag}"
+                opened = await open_volume(self._common.exports.source, snapshot, self._common.complain)
+                if isinstance(opened, tuple):
+                    await self._give_volumes_back()
+                    self.export = None
+                    self._handshake.refused(*opened)
+                    return None
+                self._snapshots[tag] = opened
         info = VolumeInfo(name, volume.size_bytes, volume.read_only, volume.description)
         self._handshake.entered(info)
         return info
@@ -333,7 +345,7 @@ class Connection:
             self._pool,
             common.reply_area,
             extended=agreement.extended,
-            contexts=agreement.contexts,
+            contexts=[(number, query_of(context, self._snapshots)) for number, context in agreement.contexts],
             meter=self._meter,
         )
         self._transmission = Transmission(
@@ -563,7 +575,7 @@ class Connection:
                 self._die()
             self._hang_up.unregister(self._sock.fileno())
             self._sock.close()
-            await self._give_volume_back()
+            await self._give_volumes_back()
 
     async def _linger(self) -> None:
         """Shut down the sending side, then read and drop until the peer closes or the time is over."""
@@ -573,12 +585,14 @@ class Connection:
                 while await self._loop.sock_recv(self._sock, HANDSHAKE_RECEIVE_BYTES):
                     pass
 
-    async def _give_volume_back(self) -> None:
+    async def _give_volumes_back(self) -> None:
         if self._dispatch is not None:
             await self._dispatch.settle()
         if self._common.meters is not None and self._meter is not None:
             self._common.meters.give_back(self._meter)
             self._meter = None
+        while self._snapshots:
+            await self._common.exports.source.close(self._snapshots.popitem()[1])
         if self.volume is not None:
             await self._common.exports.source.close(self.volume)
             self.volume = None

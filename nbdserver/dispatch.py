@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from nbdserver.buffers import HEAD_BYTES, Buffer, BufferPool
 from nbdserver.chunks import SPARSE_BYTES_MIN, damaged, sparse
 from nbdserver.complaints import Complaints
-from nbdserver.exports import CONTEXTS, STATUS_EXTENTS_MAX
+from nbdserver.exports import STATUS_EXTENTS_MAX, ExtentQuery
 from nbdserver.meters import Meter
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
@@ -150,7 +150,8 @@ class Dispatch:
     """The requests of one connection.
 
     area: REPLY_AREA_BYTES, shared by all connections of the loop; only `run` writes into it, and `run` does not wait.
-    contexts: id and name of the selected metadata contexts. meter: counts what is done; None = nobody does.
+    contexts: id of each selected metadata context, and what answers for it. meter: counts what is done; None = nobody
+    does.
     Every attribute is changed in the event loop only; tasks own their buffers until they end.
     """
 
@@ -163,7 +164,7 @@ class Dispatch:
         area: memoryview,
         *,
         extended: bool,
-        contexts: Sequence[tuple[int, str]] = (),
+        contexts: Sequence[tuple[int, ExtentQuery]] = (),
         meter: Meter | None = None,
     ) -> None:
         self.held_bytes = 0
@@ -500,7 +501,7 @@ class Dispatch:
         extents_max = 1 if flags & CommandFlag.REQ_ONE else STATUS_EXTENTS_MAX
         chunks = []
         for index, context_id in enumerate(wanted, start=1):
-            query = CONTEXTS[self._contexts[context_id]]
+            query = self._contexts[context_id]
             extents = await query(self._volume, offset, length, extents_max)
             chunks.append(self._replies.status(cookie, offset, context_id, extents, done=index == len(wanted)))
         self._outbox.put(chunks)

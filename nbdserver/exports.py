@@ -5,7 +5,8 @@ INFO is answered from `VolumeSource.peek`, GO from the open volume, both through
 parameters give the same data.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+import itertools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 from nbdserver.wire.constants import State, TransmissionFlag
@@ -31,10 +32,71 @@ async def _allocation(volume: Volume, offset: int, length: int, extents_max: int
     return [(extent.length_bytes, hole * extent.hole | zero * extent.zero) for extent in found]
 
 
-CONTEXTS: Final[Mapping[str, ExtentQuery]] = {"base:allocation": _allocation}
-"""Every metadata context by name; its id on the wire is its place here, counted from 1."""
+async def _depth(volume: Volume, offset: int, length: int, extents_max: int) -> list[tuple[int, int]]:
+    """qemu:allocation-depth: 0 = not allocated, 1 = the volume's own, 2 = of what it is a clone of, and so on."""
+    return await volume.depths(offset, length, extents_max=extents_max)
 
-CONTEXT_IDS: Final[Mapping[str, int]] = {name: index for index, name in enumerate(CONTEXTS, start=1)}
+
+def _dirty(since: Volume) -> ExtentQuery:
+    """qemu:dirty-bitmap:TAG: bit 0 = what is not as it was in `since`."""
+
+    async def query(volume: Volume, offset: int, length: int, extents_max: int) -> list[tuple[int, int]]:
+        joined: list[tuple[int, int]] = []
+        for change in await volume.changed(since, offset, length, extents_max=extents_max):
+            if joined and joined[-1][1] == change.changed:
+                joined[-1] = joined[-1][0] + change.length_bytes, int(change.changed)
+            else:
+                joined.append((change.length_bytes, int(change.changed)))
+        return joined
+
+    return query
+
+
+def _changed(since: Volume) -> ExtentQuery:
+    """x-sheepfold:changed:TAG: bit 0 as above; with it bit 1 = reads as zeros now, bit 2 = is a hole now."""
+
+    async def query(volume: Volume, offset: int, length: int, extents_max: int) -> list[tuple[int, int]]:
+        found = await volume.changed(since, offset, length, extents_max=extents_max)
+        return [(each.length_bytes, each.changed | each.zero << 1 | each.hole << 2) for each in found]
+
+    return query
+
+
+CONTEXTS: Final[Mapping[str, ExtentQuery]] = {"base:allocation": _allocation, "qemu:allocation-depth": _depth}
+"""The metadata contexts that every export has; the id on the wire is the place here, counted from 1."""
+
+SNAPSHOT_CONTEXTS: Final[Mapping[str, Callable[[Volume], ExtentQuery]]] = {
+    "qemu:dirty-bitmap:": _dirty,
+    "x-sheepfold:changed:": _changed,
+}
+"""Those that it has once for each of its snapshots, which are named behind these; ids behind those of CONTEXTS."""
+
+SNAPSHOT_CONTEXTS_MAX: Final = 16
+"""Of one connection: each keeps a snapshot open, and a request does its work for each."""
+
+
+def snapshot_of(context: str) -> str | None:
+    """The tag of the snapshot that a context compares with; None: it is none of those."""
+    for prefix in SNAPSHOT_CONTEXTS:
+        if context.startswith(prefix):
+            return context.removeprefix(prefix)
+    return None
+
+
+def context_ids(names: Sequence[str]) -> list[int]:
+    """Ids on the wire of the selected contexts."""
+    fixed = list(CONTEXTS)
+    following = itertools.count(len(fixed) + 1)
+    return [fixed.index(name) + 1 if name in CONTEXTS else next(following) for name in names]
+
+
+def query_of(context: str, snapshots: Mapping[str, Volume]) -> ExtentQuery:
+    """What answers for a selected context. snapshots: those that are open, by their tags."""
+    if context in CONTEXTS:
+        return CONTEXTS[context]
+    tag = snapshot_of(context)
+    assert tag is not None
+    return SNAPSHOT_CONTEXTS[context.removesuffix(tag)](snapshots[tag])
 
 
 class Exports:
@@ -48,6 +110,11 @@ class Exports:
     def names(self) -> list[str]:
         """What LIST shows: what there is at this moment."""
         return self.source.names(snapshots=self.list_snapshots)
+
+    def contexts(self, name: str) -> list[str]:
+        """Every metadata context of an export, by its real name."""
+        tags = self.source.tags(name)
+        return [*CONTEXTS, *(prefix + tag for prefix in SNAPSHOT_CONTEXTS for tag in tags)]
 
     def describe(self, name: str) -> VolumeInfo | None:
         """The export that a client calls `name`; None = there is none.
@@ -86,10 +153,11 @@ def transmission_flags(*, read_only: bool, chunked: bool, status_payload: bool) 
     return int(flags)
 
 
-def matching_contexts(query: str, *, listing: bool) -> list[str]:
-    """Contexts that a query names. An empty leaf is a wildcard in LIST_META_CONTEXT and nothing in SET_META_CONTEXT;
-    unknown namespaces and leaves match nothing."""
-    namespace, _, leaf = query.partition(":")
-    if not leaf:
-        return [name for name in CONTEXTS if listing and name.startswith(f"{namespace}:")]
-    return [query] if query in CONTEXTS else []
+def matching_contexts(query: str, names: Sequence[str], *, listing: bool) -> list[str]:
+    """Which of these contexts a query names. An empty leaf is a wildcard in LIST_META_CONTEXT and nothing in
+    SET_META_CONTEXT, at each level (`qemu:`, `qemu:dirty-bitmap:`); unknown namespaces and leaves match nothing."""
+    if ":" not in query:
+        query += ":"
+    if query.endswith(":"):
+        return [name for name in names if listing and name.startswith(query)]
+    return [query] if query in names else []

@@ -16,10 +16,11 @@ from typing import Final, NamedTuple
 
 from nbdserver.exports import (
     BLOCK_SIZES_BYTES,
-    CONTEXT_IDS,
-    CONTEXTS,
+    SNAPSHOT_CONTEXTS_MAX,
     Exports,
+    context_ids,
     matching_contexts,
+    snapshot_of,
     transmission_flags,
 )
 from nbdserver.wire import options as wire
@@ -110,7 +111,7 @@ class Handshake:
 
     @property
     def agreement(self) -> Agreement:
-        contexts = tuple((CONTEXT_IDS[name], name) for name in self._contexts)
+        contexts = tuple(zip(context_ids(self._contexts), self._contexts, strict=True))
         return Agreement(self._structured and not self._extended, self._extended, contexts)
 
     def step(self) -> Enter | bool:
@@ -136,6 +137,10 @@ class Handshake:
         data = bytes(self._input[wire.OPTION_HEADER.size : end])
         del self._input[:end]
         return self._perform(option, data)
+
+    def contexts_of(self, name: str) -> tuple[str, ...]:
+        """The contexts that are selected, if they are for this export."""
+        return self._contexts if self._contexts_of == name else ()
 
     def entered(self, info: VolumeInfo) -> None:
         """The export is open: tell the client, and transmission begins."""
@@ -255,7 +260,7 @@ class Handshake:
         request = self._context_request(data)
         if request is None:
             return
-        for name in self._matches(request.queries, listing=True) if request.queries else CONTEXTS:
+        for name in self._matches(request, listing=True):
             self._output += wire.reply_context(self._option, 0, name)
         self._reply(OptionReply.ACK)
 
@@ -266,15 +271,25 @@ class Handshake:
             return
         info = self._exports.describe(request.name)
         assert info is not None
-        self._contexts_of = info.name
-        self._contexts = self._matches(request.queries, listing=False)
-        for name in self._contexts:
-            self._output += wire.reply_context(self._option, CONTEXT_IDS[name], name)
+        wanted = self._matches(request, listing=False)
+        if sum(snapshot_of(name) is not None for name in wanted) > SNAPSHOT_CONTEXTS_MAX:
+            text = f"a connection compares with at most {SNAPSHOT_CONTEXTS_MAX} snapshots"
+            self._error(OptionReply.ERR_TOO_BIG, text)
+            return
+        self._contexts_of, self._contexts = info.name, wanted
+        for number, name in zip(context_ids(wanted), wanted, strict=True):
+            self._output += wire.reply_context(self._option, number, name)
         self._reply(OptionReply.ACK)
 
-    def _matches(self, queries: tuple[str, ...], *, listing: bool) -> tuple[str, ...]:
-        """Contexts that the queries name, each once."""
-        return tuple(dict.fromkeys(name for query in queries for name in matching_contexts(query, listing=listing)))
+    def _matches(self, request: wire.ContextRequest, *, listing: bool) -> tuple[str, ...]:
+        """Contexts that the queries name, each once; all of them for a list without queries."""
+        info = self._exports.describe(request.name)
+        assert info is not None
+        names = self._exports.contexts(info.name)
+        if listing and not request.queries:
+            return tuple(names)
+        found = (name for query in request.queries for name in matching_contexts(query, names, listing=listing))
+        return tuple(dict.fromkeys(found))
 
     def _context_request(self, data: bytes) -> wire.ContextRequest | None:
         """The request for contexts of an export that exists; None: an error was sent."""

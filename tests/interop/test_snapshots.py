@@ -40,3 +40,58 @@ async def test_nbdinfo_nbdcopy_and_qemu_img_on_a_snapshot(
         refused = await run("nbdcopy", str(copied), snapshot, check=False)
         assert refused.code != 0
         assert (await run("nbdsh", "-u", disk, "-c", f"assert h.pread({MIB}, {MIB}) == b'y' * {MIB}")).code == 0
+
+
+async def test_changed_blocks_for_nbdinfo_nbdsh_and_qemu_img(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(tmp_path, zones, "--vdi", "disk:16M") as server:
+        server.exports(1)
+        socket = server.address.removeprefix("unix://")
+        disk, later = (f"nbd+unix:///{name}?socket={socket}" for name in ("disk", "disk@two"))
+        await run("nbdsh", "-u", disk, "-c", f"h.pwrite(b'x' * {4 * MIB}, 0); h.flush()")
+        assert main(["vdi", "snapshot", "disk", "one", "--zone", zones[0]]) == 0
+        await run("nbdsh", "-u", disk, "-c", f"h.pwrite(b'y' * {MIB}, {MIB}); h.zero({MIB}, {3 * MIB}); h.flush()")
+        assert main(["vdi", "snapshot", "disk", "two", "--zone", zones[0]]) == 0
+        await run("nbdsh", "-u", disk, "-c", f"h.pwrite(b'z' * {MIB}, {8 * MIB}); h.flush()")
+        assert main(["vdi", "clone", "disk@two", "clone", "--zone", zones[0]]) == 0
+        capsys.readouterr()
+
+        listed = json.loads((await run("nbdinfo", "--json", "--list", f"nbd+unix:///?socket={socket}")).out)["exports"]
+        contexts = {each["export-name"]: each["contexts"] for each in listed}
+        assert {"qemu:dirty-bitmap:one", "x-sheepfold:changed:two", "qemu:allocation-depth"} <= set(contexts["disk"])
+
+        async def bitmap(uri: str, context: str) -> list[tuple[int, int, int]]:
+            said = json.loads((await run("nbdinfo", f"--map={context}", "--json", uri)).out)
+            return [(each["offset"], each["length"], each["type"]) for each in said]
+
+        since_one = [(0, MIB, 0), (MIB, MIB, 1), (2 * MIB, MIB, 0), (3 * MIB, MIB, 1), (4 * MIB, 12 * MIB, 0)]
+        assert await bitmap(later, "qemu:dirty-bitmap:one") == since_one
+        assert await bitmap(disk, "qemu:dirty-bitmap:two") == [
+            (0, 8 * MIB, 0),
+            (8 * MIB, MIB, 1),
+            (9 * MIB, 7 * MIB, 0),
+        ]
+        zeroed = [(0, MIB, 0), (MIB, MIB, 1), (2 * MIB, MIB, 0), (3 * MIB, MIB, 7), (4 * MIB, 12 * MIB, 0)]
+        assert await bitmap(later, "x-sheepfold:changed:one") == zeroed
+        clone = f"nbd+unix:///clone?socket={socket}"
+        await run("nbdsh", "-u", clone, "-c", f"h.pwrite(b'c' * {MIB}, 0); h.flush()")
+        assert await bitmap(clone, "qemu:allocation-depth") == [(0, MIB, 1), (MIB, 2 * MIB, 2), (3 * MIB, 13 * MIB, 0)]
+
+        script = f"""
+h.add_meta_context("base:allocation")
+h.add_meta_context("qemu:dirty-bitmap:one")
+h.connect_uri("{disk}")
+found = {{}}
+def extent(context, offset, entries, error):
+    found[context] = list(entries)
+h.block_status({4 * MIB}, 0, extent)
+assert found["base:allocation"] == [{3 * MIB}, 0, {MIB}, 3], found
+assert found["qemu:dirty-bitmap:one"] == [{MIB}, 0, {MIB}, 1, {MIB}, 0, {MIB}, 1], found
+"""
+        await run("nbdsh", "-c", script)
+
+        # qemu calls what is dirty "not data" when it maps a bitmap.
+        options = f"driver=nbd,export=disk,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:two"
+        said = json.loads((await run("qemu-img", "map", "--output=json", "--image-opts", options)).out)
+        assert [(each["start"], each["length"]) for each in said if not each["data"]] == [(8 * MIB, MIB)]

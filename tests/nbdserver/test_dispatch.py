@@ -21,6 +21,7 @@ from nbdserver.dispatch import (
     open_volume,
     option_error,
 )
+from nbdserver.exports import CONTEXTS
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
 from nbdserver.wire.constants import Chunk, Command, CommandFlag, ErrorValue, OptionReply
@@ -66,7 +67,7 @@ class Harness:
             self.pool,
             self.area,
             extended=self.extended,
-            contexts=((1, "base:allocation"),) if contexts and style != "simple" else (),
+            contexts=((1, CONTEXTS["base:allocation"]),) if contexts and style != "simple" else (),
         )
         self._reads: dict[int, int] = {}
 

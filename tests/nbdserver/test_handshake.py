@@ -297,7 +297,10 @@ def test_list_names_every_export_with_its_description() -> None:
 def test_contexts() -> None:
     client = haggler()
     client.ask(Option.STRUCTURED_REPLY)
-    for queries in ((), (b"base:",), (b"base:allocation", b"base:"), (b"x-other:", b"base:allocation")):
+    found = client.ask(Option.LIST_META_CONTEXT, context_data(b""))
+    every = [bytes(4) + b"base:allocation", bytes(4) + b"qemu:allocation-depth", b""]
+    assert [data for _, _, data in found] == every
+    for queries in ((b"base:",), (b"base:allocation", b"base:"), (b"x-other:", b"base:allocation")):
         found = client.ask(Option.LIST_META_CONTEXT, context_data(b"", *queries))
         assert [data for _, _, data in found] == [bytes(4) + b"base:allocation", b""]
     for queries in ((b"x-other:",), (b"base:unknown",)):

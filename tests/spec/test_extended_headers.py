@@ -69,7 +69,7 @@ async def test_contexts_need_no_structured_replies(nbd_server: Served) -> None:
     """NBD_OPT_SET_META_CONTEXT: structured replies or extended headers; never ERR_EXT_HEADER_REQD for base:."""
     async with nbd_server.connected() as client:
         await client.extended_headers()
-        assert await client.list_contexts("", []) == [ALLOCATION]
+        assert ALLOCATION in await client.list_contexts("", [])
         assert await client.set_contexts("", [ALLOCATION]) == Rep.ACK
     async with nbd_server.connected() as client:
         assert await client.set_contexts("", [ALLOCATION]) != Rep.ERR_EXT_HEADER_REQD
