@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from nbdserver.cli_library_arguments import add_attr, add_jobs, add_transfers
+from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers
 from nbdserver.cli_server_arguments import add_client
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
@@ -173,6 +173,14 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_attr(
         commands.add_parser("attr", help="small values that a VDI carries"), _add_common, _add_force, _argument(_name)
     )
+    add_limit(
+        commands.add_parser("limit", help="show or set how much the clients of a VDI may do in a second"),
+        _add_common,
+        _add_force,
+        _argument(_name),
+        _argument(_operations),
+        _argument(_bytes),
+    )
     add_transfers(
         lambda command, what: commands.add_parser(command, help=what),
         _add_common,
@@ -320,6 +328,19 @@ def _directory(text: str) -> str:
 
 def _rate(text: str) -> int:
     return 0 if text == "0" else parse_size(text)
+
+
+def _bytes(text: str) -> tuple[int, int]:
+    rate, colon, burst = text.partition(":")
+    return _rate(rate), _rate(burst) if colon else 0
+
+
+def _operations(text: str) -> tuple[int, int]:
+    rate, colon, burst = text.partition(":")
+    for number in (rate, burst) if colon else (rate,):
+        if not (number.isascii() and number.isdigit() and len(number) <= 9):
+            raise InvalidRequest(f"{text!r} is not RATE or RATE:BURST in operations (e.g. 500:2000)")
+    return int(rate), int(burst) if colon else 0
 
 
 def _name(text: str) -> str:

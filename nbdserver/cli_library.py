@@ -10,13 +10,13 @@ from typing import Final
 
 from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
 from nbdserver.cli_jobs import allocate, job
-from nbdserver.cli_output import print_json
+from nbdserver.cli_output import limits_text, print_json
 from nbdserver.cli_progress import progress
 from nbdserver.cli_transfer import download, show_map, upload
 from nbdserver.control_client import ControlClient, NoServer
 from objstore.access import blocking
 from objstore.errors import Busy
-from objstore.volume.settings import StoreSettings
+from objstore.volume.settings import LIMIT_KINDS, StoreSettings
 
 
 @contextmanager
@@ -77,8 +77,20 @@ def attr(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> N
             print_json({"deleted": key})
 
 
+def limit(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> None:
+    """`vdi limit`: sets what is given, and shows what is then in force."""
+    given = {kind: getattr(arguments, kind.replace("-", "_")) for kind in LIMIT_KINDS}
+    wanted = {kind: value for kind, value in given.items() if value is not None}
+    vdi = store.set_limits(arguments.name, wanted) if wanted else store.info(arguments.name)
+    if arguments.json:
+        print_json(vdi.limits)
+    else:
+        print(limits_text(vdi.limits))
+
+
 COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namespace], None]]] = {
     "attr": attr,
+    "limit": limit,
     "download": download,
     "upload": upload,
     "map": show_map,

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from objstore.volume.settings import LIMIT_KINDS as KINDS
+
 Add = Callable[[argparse.ArgumentParser], None]
 
 
@@ -34,6 +36,29 @@ def add_transfers(
         common(parser)
         force(parser)
     upload.add_argument("--zero-rest", action="store_true", help="zeros for what a short stream leaves of the range")
+
+
+def add_limit(
+    parser: argparse.ArgumentParser,
+    common: Add,
+    force: Add,
+    name: Callable[[str], str],
+    operations: Callable[[str], tuple[int, int]],
+    size: Callable[[str], tuple[int, int]],
+) -> None:
+    """`vdi limit`."""
+    parser.add_argument("name", metavar="NAME", type=name)
+    for kind in KINDS:
+        what, _, direction = kind.partition("-")
+        of = f" of {direction}s" if direction else ""
+        parser.add_argument(
+            f"--{kind}",
+            metavar="RATE[:BURST]",
+            type=operations if what == "iops" else size,
+            help=f"{'operations' if what == 'iops' else 'bytes (or K, M, G, T)'}{of} a second; 0 = no limit",
+        )
+    common(parser)
+    force(parser)
 
 
 def add_jobs(commands: argparse.ArgumentParser, common: Add) -> None:

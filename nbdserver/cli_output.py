@@ -1,7 +1,7 @@
 """What commands print: JSON for programs (records of objstore.volume.status), aligned text for people."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,6 +10,7 @@ from objstore.access.api import Status
 from objstore.units import format_size
 from objstore.volume.status import (
     JobStatus,
+    LimitStatus,
     RecoveryStatus,
     ScrubStatus,
     SnapshotStatus,
@@ -75,8 +76,19 @@ def vdi_details(vdi: VdiStatus) -> str:
             ("id", str(vdi.vdi_id)),
             ("log", str(vdi.log)),
             ("damaged", format_size(vdi.damaged_bytes)),
+            ("limits", "; ".join(" ".join(line.split()) for line in limits_text(vdi.limits).splitlines())),
         ]
     )
+
+
+def limits_text(limits: Mapping[str, LimitStatus]) -> str:
+    """One line for each limit."""
+    rows = [
+        (kind, *(f"{n}" if kind.startswith("iops") else format_size(n) for n in (one.rate, one.burst)))
+        for kind, one in sorted(limits.items())
+    ]
+    lines = [(kind, f"{rate}/s", f"bursts of {burst}" if limits[kind].burst else "") for kind, rate, burst in rows]
+    return table(lines) if lines else "no limits"
 
 
 def snapshot_table(snapshots: Sequence[SnapshotStatus]) -> str:

@@ -170,6 +170,8 @@ class Connection:
     def stop(self) -> None:
         """Read nothing more; take the complete requests that have been received, as soon as they may be in flight, and
         `finish`."""
+        if self._dispatch is not None:
+            self._dispatch.hurry()
         if not self._admitted or self._memory_wait is not None:
             self.finish()
         elif not self._stopping:
@@ -552,6 +554,8 @@ class Connection:
         self._dead = True
         self._took_all.set()
         self._pause()
+        if self._dispatch is not None and (self._revoked or not self.disconnected):
+            self._dispatch.drop_limited()
         self._sender.drop()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)

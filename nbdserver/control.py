@@ -7,7 +7,7 @@ from memory or awaits the store. Who may open the socket may do everything: the 
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -29,6 +29,7 @@ from objstore.access.api import (
     Range,
     RecoveryRate,
     ServerStatus,
+    SetLimits,
     Status,
     TakeSnapshot,
     ZoneChange,
@@ -95,6 +96,7 @@ class ControlledStore(VolumeSource, Protocol):
     async def damage(self, name: str) -> VdiDamage: ...
     async def start_scrub(self) -> ScrubStatus: ...
     async def set_copies(self, name: str, copies: int) -> VdiStatus: ...
+    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus: ...
     def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus: ...
     async def change_zones(
         self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
@@ -254,6 +256,11 @@ class ControlServer:
     async def set_copies(self, name: str, body: Copies) -> VdiStatus:
         """Change how many zones hold each object of a VDI."""
         return await self._store.set_copies(name, body.copies)
+
+    @operation("PUT", "/v1/vdis/{name}/limits")
+    async def set_limits(self, name: str, body: SetLimits) -> VdiStatus:
+        """Limit what the clients of a VDI may do in a second, from now on."""
+        return await self._store.set_limits(name, {kind: (one.rate, one.burst) for kind, one in body.limits.items()})
 
     @operation("GET", "/v1/scrub")
     async def get_scrub(self) -> ScrubStatus:

@@ -163,6 +163,8 @@ class Sessions:
             await vdi.fence(reason)
 
     async def _give_back(self, vdi: LocalVdi) -> None:
+        if vdi.volume.limiter is not None:
+            vdi.volume.limiter.dismiss(vdi, go=False)
         await self._source.close(vdi.volume)
 
     @operation("DELETE", "/v1/handles/{handle}")
@@ -187,6 +189,7 @@ class Sessions:
         vdi = self._vdi(handle)
         if length_bytes > DATA_BYTES_MAX:
             raise InvalidRequest(f"length_bytes = {length_bytes}: at most {DATA_BYTES_MAX} are possible")
+        await _may_go(vdi, write=False, length_bytes=length_bytes)
         async with self._bodies:
             data = await vdi.read(offset_bytes, length_bytes)
             response = web.StreamResponse(headers={"Content-Type": BINARY, "Content-Length": str(length_bytes)})
@@ -203,6 +206,7 @@ class Sessions:
         """Write the body, at most 1 MiB. writeback: false = durable when this is answered, true = acknowledged from
         memory where the VDI's mode allows it, left out = as the mode says."""
         vdi = self._vdi(handle)
+        await _may_go(vdi, write=True, length_bytes=request.content_length or 0)
         async with self._bodies:
             async with _bounded(request):
                 data = await _received(request, DATA_BYTES_MAX)
@@ -214,6 +218,7 @@ class Sessions:
         """Make a range read as zeros."""
         vdi = self._vdi(handle)
         vdi.check_change(body.offset_bytes, body.length_bytes)
+        await _may_go(vdi, write=True, length_bytes=0)
         await vdi.volume.zero(body.offset_bytes, body.length_bytes, no_hole=body.no_hole, alive=_alive(request, vdi))
 
     @operation("POST", "/v1/handles/{handle}/discard")
@@ -221,6 +226,7 @@ class Sessions:
         """Give back the whole blocks of a range."""
         vdi = self._vdi(handle)
         vdi.check_change(body.offset_bytes, body.length_bytes)
+        await _may_go(vdi, write=True, length_bytes=0)
         await vdi.volume.trim(body.offset_bytes, body.length_bytes, alive=_alive(request, vdi))
 
     @operation("POST", "/v1/handles/{handle}/flush")
@@ -235,6 +241,15 @@ class Sessions:
         vdi.check_range(offset_bytes, length_bytes)
         found = await vdi.volume.extents(offset_bytes, length_bytes, extents_max=EXTENTS_MAX)
         return [ExtentReply(length_bytes=one.length_bytes, hole=one.hole, zero=one.zero) for one in found]
+
+
+async def _may_go(vdi: LocalVdi, *, write: bool, length_bytes: int) -> None:
+    """Wait until the limits of the VDI let this request go. Fenced: its handle was closed meanwhile."""
+    limiter = vdi.volume.limiter
+    if limiter is None or limiter.take(write=write, length_bytes=length_bytes):
+        return
+    if not await limiter.wait(vdi, write=write, length_bytes=length_bytes):
+        raise Fenced("the handle was closed")
 
 
 async def _received(request: web.Request, bytes_max: int) -> bytearray:

@@ -26,7 +26,7 @@ from nbdserver.wire.constants import Command, CommandFlag, ErrorValue, OptionRep
 from nbdserver.wire.requests import decode_status_payload
 from objstore import errors
 from objstore.units import KIB
-from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Volume, VolumeSource
+from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Limiter, Volume, VolumeSource
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,14 @@ FLAGS_ALLOWED: Final = {
 """Commands that have replies. FUA is accepted on all of them; DF only with chunked replies; PAYLOAD_LEN comes on top
 for WRITE and BLOCK_STATUS with extended headers."""
 CHANGING: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+LIMITED: Final = {
+    int(Command.READ): (False, True),
+    int(Command.WRITE): (True, True),
+    int(Command.TRIM): (True, False),
+    int(Command.WRITE_ZEROES): (True, False),
+    int(Command.CACHE): (False, True),
+}
+"""What the limits of a volume count: whether it is a write, and whether its length counts or only that it is one."""
 SPACE_TAKING: Final = frozenset((Command.WRITE, Command.WRITE_ZEROES))
 
 ERRORS: Final[Sequence[tuple[type[Exception], ErrorValue, OptionReply]]] = (
@@ -184,6 +192,7 @@ class Dispatch:
         self._began = 0
         """When the batch at hand was taken (perf_counter_ns)."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hurried = False
         self._flush_group: FlushGroup | None = None
         """The youngest flush under way."""
         self._loop = asyncio.get_running_loop()
@@ -204,6 +213,17 @@ class Dispatch:
         """Wait until no task is left; their replies are queued (or dropped with the connection)."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    def hurry(self) -> None:
+        """The server is to close: nothing waits because of the volume's limits any more."""
+        self._hurried = True
+        if self._volume.limiter is not None:
+            self._volume.limiter.dismiss(self, go=True)
+
+    def drop_limited(self) -> None:
+        """The peer is gone: what waits because of the volume's limits is not done any more."""
+        if self._volume.limiter is not None:
+            self._volume.limiter.dismiss(self, go=False)
 
     def cancel(self) -> None:
         """Give up the requests in flight; they get no reply."""
@@ -252,6 +272,7 @@ class Dispatch:
         """Answer a batch as far as that is possible at once, and begin the rest. Payloads are borrowed until return."""
         volume = self._volume
         size_bytes = volume.size_bytes
+        limiter = None if self._hurried else volume.limiter
         read_now = volume.read_now
         write_now = None if volume.read_only or self.cautious else volume.write_now
         replies = self._replies
@@ -265,6 +286,9 @@ class Dispatch:
         self.request_count += len(batch)
         for request in batch:
             command, flags, cookie, offset, length, payload, buffer = request
+            if limiter is not None and not self._may_go(limiter, command, length):
+                self._begin(request, limiter)
+                continue
             try:
                 if command == _READ:
                     if not flags and 0 < length <= BATCH_READ_BYTES_MAX and offset + length <= size_bytes:
@@ -316,6 +340,12 @@ class Dispatch:
             if writes:
                 meter.batch(_WRITE, writes, written_bytes, took)
 
+    def _may_go(self, limiter: Limiter, command: int, length: int) -> bool:
+        if command not in LIMITED:
+            return True
+        write, bytes_count = LIMITED[command]
+        return limiter.take(write=write, length_bytes=length if bytes_count else 0)
+
     def _put_zeros(self, area: memoryview, at: int, cookie: int, offset: int, length: int) -> int:
         """The reply to a read of nothing but zeros; returns its length."""
         if self._replies.chunked:
@@ -356,8 +386,8 @@ class Dispatch:
         self._replies.put_data(buffer.whole, start, cookie, offset, length)
         self._outbox.put((buffer.whole[start : HEAD_BYTES + length],), buffer)
 
-    def _begin(self, request: Request) -> None:
-        """Refuse a request or give it to a task."""
+    def _begin(self, request: Request, limiter: Limiter | None = None) -> None:
+        """Refuse a request or give it to a task. limiter: whose leave it has to wait for."""
         command, flags, cookie, offset, length, payload, buffer = request
         refused = self.refusal(command, flags, offset, length)
         if refused is None and command == _WRITE and payload is None:
@@ -378,7 +408,7 @@ class Dispatch:
         if command == _READ or payload is not None:
             self.held_bytes += length
         request = (command, flags, cookie, offset, length, payload, buffer)
-        self._start(self._answer(request, copied_bytes, self._began))
+        self._start(self._answer(request, copied_bytes, self._began, limiter))
 
     def _begin_flush(self, cookie: int, offset: int) -> None:
         """Answer a flush at once if nothing awaits durability; let it share the flush under way if nothing changed
@@ -404,11 +434,16 @@ class Dispatch:
         self._tasks.discard(task)
         self._outbox.task_ended()
 
-    async def _answer(self, request: Request, copied_bytes: int, began: int) -> None:
+    async def _answer(self, request: Request, copied_bytes: int, began: int, limiter: Limiter | None) -> None:
         """Do one request that may wait, and queue its reply. began: when it was taken."""
         command, _, cookie, offset, length, payload, buffer = request
         done_bytes = 0
         try:
+            if limiter is not None:
+                write, bytes_count = LIMITED[command]
+                if not await limiter.wait(self, write=write, length_bytes=length if bytes_count else 0):
+                    self._outbox.finish()
+                    return
             await _PERFORM[command](self, request)
             done_bytes = length
         except Exception as error:  # noqa: BLE001 - whatever it is, the request gets its reply

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from objstore import errors
 from objstore.volume.settings import MODES
-from objstore.volume.status import StoreStatus
+from objstore.volume.status import LimitStatus, StoreStatus
 
 BODY_BYTES_MAX: Final = 64 << 10
 """Longest request body; every valid one is far shorter."""
@@ -86,6 +86,12 @@ class RecoveryRate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The most that recovery copies; 0 = no limit."""
 
     bytes_per_second_max: int
+
+
+class SetLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits to set, by kind; rate 0 = none any more. What is not named stays."""
+
+    limits: dict[str, LimitStatus]
 
 
 class ZoneChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ by its age. With `background=True` the loop runs in a thread of its own instead,
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -222,6 +222,10 @@ class BlockingConnection:
     def set_copies(self, name: str, copies: int) -> VdiStatus:
         """See Connection."""
         return self._runner.run(self._connection.set_copies(name, copies))
+
+    def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.set_limits(name, limits))
 
     def damage(self, name: str) -> VdiDamage:
         """See Connection."""

@@ -1,7 +1,7 @@
 """A connection to a store: what can be asked of it, in this process and behind a server alike."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from objstore.access.handle import VdiHandle
 from objstore.access.pending import Pending
@@ -63,6 +63,12 @@ class Connection(ABC):
     @abstractmethod
     async def set_copies(self, name: str, copies: int) -> VdiStatus:
         """Change how many zones hold each object of a VDI; recovery makes or removes the copies."""
+
+    @abstractmethod
+    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+        """Limit what the clients of a VDI may do in a second, from now on; the process that has the zones open is not
+        limited. limits: kind (settings.LIMIT_KINDS) -> rate and burst, in operations or bytes; rate 0 = none any more,
+        burst 0 = a tenth of a second's worth; what is not named stays. NotFound; InvalidRequest."""
 
     @abstractmethod
     async def damage(self, name: str) -> VdiDamage:

@@ -1,7 +1,7 @@
 """The library over zones that this process opens itself."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
@@ -68,6 +68,10 @@ class LocalConnection(Connection):
     async def set_copies(self, name: str, copies: int) -> VdiStatus:
         """See Connection."""
         return await self.store.set_copies(name, copies)
+
+    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+        """See Connection."""
+        return await self.store.set_limits(name, limits)
 
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""

@@ -27,6 +27,7 @@ from objstore.access.api import (
     Range,
     RecoveryRate,
     Session,
+    SetLimits,
     Status,
     TakeSnapshot,
     ZeroRange,
@@ -41,6 +42,7 @@ from objstore.volume.base import Extent
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
     JobStatus,
+    LimitStatus,
     RecoveryStatus,
     ScrubStatus,
     SnapshotStatus,
@@ -235,6 +237,11 @@ class RemoteConnection(Connection):
     async def set_copies(self, name: str, copies: int) -> VdiStatus:
         """See Connection."""
         return await self.http.ask("PUT", f"{_path(name)}/copies", VdiStatus, Copies(copies=copies))
+
+    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+        """See Connection."""
+        given = {kind: LimitStatus(rate=rate, burst=burst) for kind, (rate, burst) in limits.items()}
+        return await self.http.ask("PUT", f"{_path(name)}/limits", VdiStatus, SetLimits(limits=given))
 
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""

@@ -123,6 +123,7 @@ class Catalog:
         name, hidden = member(fields, "name", str), bool(fields.get("hidden", False))
         former = member(fields, "former_bytes", int) if "former_bytes" in fields else 0
         member(fields | {"suspended": fields.get("suspended", "")}, "suspended", str)
+        _check_limits(fields.get("limits", {}))
         self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden, former)
         self.next_log = max(self.next_log, log + 1)
         if hidden:
@@ -195,6 +196,17 @@ def _row(entry: object) -> Row:
     if len(entry) != 3 or entry[0] >= 1 << 28 or not 0 < entry[2] < 1 << 64:
         raise Damaged(f"a head's tail has {entry!r}")
     return Row(*entry)
+
+
+def _check_limits(limits: object) -> None:
+    """Damaged: not a map of kinds to rate and burst."""
+    if not isinstance(limits, dict):
+        raise Damaged(f"limits of a VDI are {limits!r}")
+    for kind, row in limits.items():
+        if not isinstance(kind, str) or not isinstance(row, list) or len(row) != 2:
+            raise Damaged(f"limits of a VDI are {limits!r}")
+        if not all(type(number) is int and number >= 0 for number in row):
+            raise Damaged(f"limit {kind} of a VDI is {row!r}")
 
 
 def _check_damage(fields: dict[str, Any]) -> None:

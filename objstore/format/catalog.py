@@ -9,13 +9,20 @@ from objstore.errors import FormatError
 from objstore.units import BLOCK_BYTES
 
 
+class Limit(msgspec.Struct, frozen=True, array_like=True):
+    """So much a second, and the most that may be saved up for a burst; burst 0 = what is usual."""
+
+    rate: int
+    burst: int = 0
+
+
 class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaults=True):
     """A VDI is created (or its description replaced).
 
     base: the snapshot whose map its own began with, 0 = it began empty. hidden: it was deleted, its name is free, but
     its log stays for its snapshots. emptied: and its own data is discarded already. suspended: why nobody may open it;
     "" = anybody may. former_bytes: it was so large, and what lies between its size and there is not discarded yet; 0 =
-    it is.
+    it is. limits: of what its clients may do, by objstore.volume.settings.LIMIT_KINDS.
     """
 
     vdi_id: int
@@ -31,6 +38,7 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaul
     emptied: bool = False
     suspended: str = ""
     former_bytes: int = 0
+    limits: dict[str, Limit] = {}
 
 
 class DeleteEntry(msgspec.Struct, frozen=True, tag="delete", kw_only=True):

@@ -46,6 +46,22 @@ def always() -> bool:
     return True
 
 
+class Limiter(Protocol):
+    """Bounds what the clients of a volume may do in a second (objstore.volume.throttle)."""
+
+    def take(self, *, write: bool, length_bytes: int) -> bool:
+        """Whether a request may go at once; then it is counted."""
+        ...
+
+    async def wait(self, owner: object, *, write: bool, length_bytes: int) -> bool:
+        """Return when the request may go; it is counted then. False: it is not to be done (`dismiss`)."""
+        ...
+
+    def dismiss(self, owner: object, *, go: bool) -> None:
+        """Let nothing of this owner wait any more: it goes at once, or is not done."""
+        ...
+
+
 class Volume(Protocol):
     """A disk. Offsets and lengths are bytes, any alignment; length 0 is valid and does nothing.
 
@@ -67,6 +83,11 @@ class Volume(Protocol):
 
     @property
     def read_only(self) -> bool: ...
+
+    @property
+    def limiter(self) -> Limiter | None:
+        """Whom to ask before each request of a client; None: nothing is limited. It may change between requests."""
+        ...
 
     def read_now(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
         """Read without waiting, if everything is at hand; never raises for damage or misses, only for bad ranges.

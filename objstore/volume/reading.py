@@ -11,7 +11,7 @@ from objstore.log.changed import SAME, TO_HOLE, changed
 from objstore.log.regions import depths_of
 from objstore.log.view import MappedView
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
-from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Volume
+from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Limiter, Volume
 
 READ_AHEAD_BYTES_MAX = 8 << 20
 
@@ -27,6 +27,7 @@ class Reading:
     def __init__(self, view: MappedView) -> None:
         self.view = view
         self.closed: StoreError | None = None
+        self.limiter: Limiter | None = None
         self._reads = 0
         """Reads under way that wait."""
         self._quiet = asyncio.Event()

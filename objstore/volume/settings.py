@@ -9,6 +9,8 @@ from typing import Final
 from objstore.errors import InvalidRequest
 from objstore.units import BLOCK_BYTES, GIB, KIB, MIB, TIB, format_size
 
+LIMIT_KINDS: Final = ("iops", "iops-read", "iops-write", "bytes", "bytes-read", "bytes-write")
+"""What of a VDI's clients can be limited: operations and bytes a second, together or of one direction."""
 MODES: Final = ("writeback", "writeback-always", "writethrough", "unsafe")
 """When a write of a VDI is acknowledged; the first is the default."""
 

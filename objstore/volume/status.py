@@ -6,6 +6,14 @@ Field names are the keys of every `--json` output, so they change only with a li
 from msgspec import Struct
 
 
+class LimitStatus(Struct, frozen=True, kw_only=True):
+    """So many operations or bytes a second, and the most that may be saved up for a burst; burst 0 = a tenth of a
+    second's worth."""
+
+    rate: int
+    burst: int = 0
+
+
 class VdiStatus(Struct, frozen=True, kw_only=True):
     """One VDI at one moment."""
 
@@ -40,6 +48,8 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Bytes that no zone has whole, as far as reads and scrubs have found; `vdi damage` says which."""
     suspended: str = ""
     """Why nobody may open it until `vdi resume`; empty: anybody may."""
+    limits: dict[str, LimitStatus] = {}
+    """What its clients may do, by kind: iops, iops-read, iops-write, bytes, bytes-read, bytes-write."""
 
 
 class SnapshotStatus(Struct, frozen=True, kw_only=True):

@@ -40,6 +40,7 @@ from objstore.volume.clones import COPIES_DEFAULT_MAX
 from objstore.volume.directories import make_directories, other_zones
 from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
+from objstore.volume.limits import Limits
 from objstore.volume.opening import min_copies, purge_log
 from objstore.volume.recovery import Recovery
 from objstore.volume.scrub import Scrub
@@ -49,6 +50,7 @@ from objstore.volume.starting import Started, start_store
 from objstore.volume.status import (
     DamagedRange,
     JobStatus,
+    LimitStatus,
     RecoveryStatus,
     ScrubStatus,
     StoreInfo,
@@ -80,6 +82,7 @@ class Store(ChangeOperations):
         self.recovery = Recovery(self)
         self.jobs = Jobs(self.catalog, self.env.clock, self.env.loop)
         self.attributes = Attributes(self.catalog, self._entry)
+        self._limits = Limits(self.catalog, self._change, self._entry, self._open.get)
         self.zones = Zones(self, self.places, lock_note, reopen)
 
     @property
@@ -284,11 +287,19 @@ class Store(ChangeOperations):
             kept_bytes=vdi.disk.held_blocks << BLOCK_SHIFT if vdi is not None else 0,
             damaged_bytes=self._damaged_bytes(entry.log, vdi),
             suspended=entry.suspended,
+            limits={kind: LimitStatus(rate=one.rate, burst=one.burst) for kind, one in entry.limits.items()},
         )
 
     def _damaged_bytes(self, log_number: int, vdi: Vdi | None) -> int:
         damage = self._damage.get(log_number)
         return 0 if damage is None else damage.count(None if vdi is None else vdi.disk) << BLOCK_SHIFT
+
+    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+        """Limit what the clients of a VDI may do in a second, durably, from now on. limits: rate and burst by kind
+        (settings.LIMIT_KINDS); rate 0 = none any more, burst 0 = a tenth of a second's worth; what is not named stays.
+        NotFound; InvalidRequest."""
+        await self._limits.set(name, limits)
+        return self.vdi(name)
 
     async def damage(self, name: str) -> VdiDamage:
         """What is known to be damaged of a VDI in every copy: by reads and by scrub, since the store was made.
@@ -358,19 +369,24 @@ class Store(ChangeOperations):
         zones = len(self.membership.placeable())
         if not 1 <= copies <= zones:
             raise InvalidRequest(f"copies = {copies} is impossible: the store has {zones} zones")
-        while under_way := self._opening.get(entry.vdi_id) or self._closing.get(entry.vdi_id):
-            await asyncio.wait([under_way])
-            entry = self._entry(name)
-        changed = msgspec.structs.replace(entry, copies=copies)
-        vdi = self._open.get(entry.vdi_id)
-        head = self.catalog.state.heads.get(entry.log)
-        if vdi is None or head is None:
-            await self.catalog.commit(changed)
-        else:
-            # Opening judges the end of a log by the fewest copies that anything in this run was given: it must know
-            # before the first object gets fewer.
-            await self.catalog.commit(changed, msgspec.structs.replace(head, copies=min(head.copies, copies)))
+        while True:
+            while under_way := self._opening.get(entry.vdi_id) or self._closing.get(entry.vdi_id):
+                await asyncio.wait([under_way])
+            async with self._change:
+                entry = self._entry(name)
+                if entry.vdi_id in self._opening or entry.vdi_id in self._closing:
+                    continue
+                changed = msgspec.structs.replace(entry, copies=copies)
+                vdi = self._open.get(entry.vdi_id)
+                head = self.catalog.state.heads.get(entry.log)
+                if vdi is None or head is None:
+                    await self.catalog.commit(changed)
+                    break
+                # Opening judges the end of a log by the fewest copies that anything in this run was given: it must know
+                # before the first object gets fewer.
+                await self.catalog.commit(changed, msgspec.structs.replace(head, copies=min(head.copies, copies)))
             await vdi.set_copies(copies, min_copies(self.env, copies))
+            break
         self.recovery.request()
         return self.vdi(name)
 

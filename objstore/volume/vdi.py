@@ -11,11 +11,11 @@ closes the VDI.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from objstore.errors import InvalidRequest, NoSpace, NotSupported, StoreError, Unavailable
-from objstore.format.catalog import VdiEntry
+from objstore.format.catalog import Limit, VdiEntry
 from objstore.format.record import Flag
 from objstore.log.address import HOLE, RESERVED
 from objstore.log.collect import Collector
@@ -27,6 +27,7 @@ from objstore.volume.base import always
 from objstore.volume.opening import Placement
 from objstore.volume.reading import Reading, cover
 from objstore.volume.standstill import Standstill
+from objstore.volume.throttle import Throttle
 
 FILL_BLOCKS_MAX = (1 << 32) - REGION_BLOCKS
 """Of one operation; a longer fill is cut between regions of the map."""
@@ -57,6 +58,7 @@ class Vdi(Reading):
         self.copies = entry.copies
         self.mode = mode = entry.mode
         self.prealloc = entry.prealloc
+        self._throttle = Throttle({}, disk.env.loop)
         self.disk = disk
         self.keeper = keeper
         self.collector = Collector(disk, keeper)
@@ -78,6 +80,11 @@ class Vdi(Reading):
         keeper.start()
         if any(not segment.live and not segment.held for segment in disk.segments.values()):
             self.collector.poke()  # nobody else will before something is written
+
+    def limit(self, limits: Mapping[str, Limit]) -> None:
+        """Its clients may do so much from now on."""
+        self._throttle.set(limits)
+        self.limiter = self._throttle if limits else None
 
     def grow(self, size_bytes: int) -> None:
         """It is so large from now on. What is new was never written, and the rest of the last block is zeros."""

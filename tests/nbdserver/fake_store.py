@@ -1,5 +1,7 @@
 """A store for tests of the control side: VDIs in a dictionary, every promise of ControlledStore, no zones."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from objstore.errors import Busy, Exists, InvalidRequest, NoSpace, NotFound
@@ -11,6 +13,7 @@ from objstore.volume.settings import MODES
 from objstore.volume.status import (
     DamagedRange,
     JobStatus,
+    LimitStatus,
     RecoveryStatus,
     ScrubStatus,
     SnapshotStatus,
@@ -121,6 +124,11 @@ class FakeStore:
             raise InvalidRequest(f"no rate: {bytes_per_second}")
         self.rate = bytes_per_second
         return self._recovery()
+
+    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+        given = {kind: LimitStatus(rate=rate, burst=burst) for kind, (rate, burst) in limits.items()}
+        self._vdis[name] = msgspec.structs.replace(self.vdi(name), limits=given)
+        return self.vdi(name)
 
     async def set_copies(self, name: str, copies: int) -> VdiStatus:
         self._vdis[name] = msgspec.structs.replace(self.vdi(name), copies=copies)

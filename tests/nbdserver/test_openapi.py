@@ -40,6 +40,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "protect_snapshot": {"name": "disk@old", "body": {"protected": False}},
     "delete_snapshot": {"name": "disk@old"},
     "set_copies": {"name": "disk", "body": {"copies": 1}},
+    "set_limits": {"name": "disk", "body": {"limits": {"iops": {"rate": 500, "burst": 1000}}}},
     "set_recovery_rate": {"body": {"bytes_per_second_max": MIB}},
     "kick_client": {"body": {"client": "uid:7", "fence": True, "seconds": 60.0}},
     "unfence_client": {"client": "uid:7"},
