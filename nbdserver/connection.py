@@ -327,7 +327,9 @@ class Connection:
                     self._handshake.refused(*opened)
                     return None
                 self._snapshots[tag] = opened
-        info = VolumeInfo(name, volume.size_bytes, volume.read_only, volume.description)
+        known = self._common.exports.source.peek(name)
+        identity = "" if known is None else known.identity
+        info = VolumeInfo(name, volume.size_bytes, volume.read_only, volume.description, identity=identity)
         self._handshake.entered(info)
         return info
 

@@ -41,6 +41,9 @@ OPTION_BYTES_MAX: Final = 64 * KIB
 OPTIONS_MAX: Final = 64
 """Options of one connection; clients need fewer than ten (nbdkit ends the connection after 32)."""
 
+IDENTITY_WORD: Final = "identity"
+"""In front of what tells one disk from another in an export's description."""
+
 HANDSHAKE_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 CLIENT_FLAGS_KNOWN: Final = ClientFlag.C_FIXED_NEWSTYLE | ClientFlag.C_NO_ZEROES
 
@@ -333,7 +336,7 @@ class Handshake:
         if Info.NAME in self._wanted:
             items.append(wire.info_text(Info.NAME, info.name))
         if Info.DESCRIPTION in self._wanted:
-            items.append(wire.info_text(Info.DESCRIPTION, info.description))
+            items.append(wire.info_text(Info.DESCRIPTION, description(info)))
         for item in items:
             self._reply(OptionReply.INFO, item)
 
@@ -355,6 +358,11 @@ class Handshake:
 
     def _error(self, kind: OptionReply, text: str) -> None:
         self._output += wire.reply_error(self._option, kind, text)
+
+
+def description(info: VolumeInfo) -> str:
+    """A line for people and, at its end, for programs: which disk this is (PROTOCOL.md, "Which disk it is")."""
+    return f"{info.description}, {IDENTITY_WORD} {info.identity}" if info.identity else info.description
 
 
 Handler = Callable[[Handshake, bytes], Enter | None]

@@ -183,9 +183,12 @@ class Catalog:
         first_number, checkpoint = member(fields, "first_number", int), member(fields, "checkpoint", int)
         clean = member(fields, "clean", bool)
         epoch, copies = identity(fields, "epoch"), member(fields, "copies", int)
-        base, first = (
-            member(fields, name, int) if name in fields else 0 for name in ("base_checkpoint", "first_checkpoint")
+        base, first, unbroken = (
+            member(fields, name, int) if name in fields else 0
+            for name in ("base_checkpoint", "first_checkpoint", "unbroken_since")
         )
+        if unbroken > generation:
+            raise Damaged(f"the head of log {log} has generation {generation} and is unbroken since {unbroken}")
         self.heads[log] = Head(log, generation, tail, first_number, checkpoint, clean, epoch, copies, base, first)
 
 

@@ -68,6 +68,7 @@ class HeadEntry(msgspec.Struct, frozen=True, tag="head", kw_only=True, omit_defa
     copies: int
     base_checkpoint: int = 0
     first_checkpoint: int = 0
+    unbroken_since: int = 0
 
 
 class PurgedEntry(msgspec.Struct, frozen=True, tag="purged", kw_only=True):

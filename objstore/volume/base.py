@@ -229,3 +229,5 @@ class VolumeInfo(NamedTuple):
     read_only: bool
     description: str
     refused: str = ""
+    identity: str = ""
+    """What stays the same as long as a client may go on where it was; empty: nobody can say."""

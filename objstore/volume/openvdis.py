@@ -320,9 +320,10 @@ class OpenVdis:
             opened = await open_disk(
                 env, self.membership, entry, head, snapshots=snapshots, base_root=base_root, force=self._force
             )
+            committed = msgspec.structs.replace(opened.head, unbroken_since=self._unbroken_since(entry))
             try:
                 async with self._change if opened.owed is not None else nullcontext():
-                    await self.catalog.commit(opened.head, *self._renumbered(opened.owed))
+                    await self.catalog.commit(committed, *self._renumbered(opened.owed))
                 await drop_garbage(env, entry.log, opened.garbage)
             except StoreError:
                 await close_disk(opened.disk)
@@ -388,6 +389,22 @@ class OpenVdis:
             raise
         return True
 
+    def identity(self, entry: VdiEntry) -> str:
+        """What stays the same as long as a client may go on with this VDI where it was: same store, VDI and log, and
+        nothing acknowledged lost since (DESIGN.md, "Who connects again goes on only where nothing is missing")."""
+        since = 0 if entry.mode == "writethrough" else self._unbroken_since(entry)
+        return f"{self.env.store_id.hex()}:{entry.vdi_id}:{entry.log}:{since}"
+
+    def _unbroken_since(self, entry: VdiEntry) -> int:
+        """The generation of the log at whose opening acknowledged writes may last have been lost, 0 = never; of a VDI
+        that is not open, as it will be."""
+        head = self._head(entry.log)
+        if head is None:
+            return 0
+        if entry.vdi_id in self._open or (head.clean and not self._force):
+            return head.unbroken_since
+        return head.generation + 1
+
     def _head(self, log_number: int) -> HeadEntry | None:
         return self.catalog.state.heads.get(log_number)
 
@@ -405,6 +422,7 @@ class OpenVdis:
             copies=min(disk.writer.copies, head.copies) if head else disk.writer.copies,
             base_checkpoint=head.base_checkpoint if head else 0,
             first_checkpoint=head.first_checkpoint if head else 0,
+            unbroken_since=head.unbroken_since if head else 0,
         )
 
 

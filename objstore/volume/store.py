@@ -106,14 +106,16 @@ class Store(ChangeOperations):
             found = self.catalog.state.find_snapshot(name)
             if found is None:
                 return None
-            return VolumeInfo(name, found.size_bytes, True, f"snapshot {found.index}")
+            identity = f"{self.env.store_id.hex()}:s{found.snapshot_id}"
+            return VolumeInfo(name, found.size_bytes, True, f"snapshot {found.index}", identity=identity)
         vdi_id = self.catalog.state.names.get(name)
         if vdi_id is None:
             return None
         entry = self.catalog.state.vdis[vdi_id]
         copies = "1 copy" if entry.copies == 1 else f"{entry.copies} copies"
         refused = self.refused(entry)
-        return VolumeInfo(name, entry.size_bytes, False, refused or f"{entry.mode}, {copies}", refused)
+        line = refused or f"{entry.mode}, {copies}"
+        return VolumeInfo(name, entry.size_bytes, False, line, refused, self.identity(entry))
 
     def tags(self, name: str) -> list[str]:
         """See VolumeSource."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserver.exports import BLOCK_SIZES_BYTES
-from nbdserver.handshake import OPTION_BYTES_MAX, OPTIONS_MAX, TABLE, Handshake, State
+from nbdserver.handshake import OPTION_BYTES_MAX, OPTIONS_MAX, TABLE, Handshake, State, description
 from nbdserver.wire import options as wire
 from nbdserver.wire.constants import (
     Info,
@@ -16,6 +16,7 @@ from nbdserver.wire.constants import (
     ProtocolError,
     TransmissionFlag,
 )
+from objstore.volume.base import VolumeInfo
 from tests.nbdserver.machines import FIXED, Haggler, context_data, exports, info_data, option, replies
 
 ACK = [OptionReply.ACK]
@@ -395,3 +396,9 @@ def test_a_long_name_in_an_error_text() -> None:
     ((_, kind, text),) = client.ask(Option.INFO, info_data(name))
     assert kind == OptionReply.ERR_UNKNOWN
     assert len(text) <= 4096
+
+
+def test_the_description_ends_with_what_tells_one_disk_from_another() -> None:
+    plain = VolumeInfo("disk", 4096, False, "writeback, 1 copy")
+    assert description(plain) == "writeback, 1 copy"
+    assert description(plain._replace(identity="0a:1:2:0")) == "writeback, 1 copy, identity 0a:1:2:0"
