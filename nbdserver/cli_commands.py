@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nbdserver.service import Ready, ServePlan
 
 
-LIBRARY_COMMANDS: Final = ("attr", "limit", "download", "upload", "allocate", "map")
+LIBRARY_COMMANDS: Final = ("attr", "limit", "download", "upload", "allocate", "map", "diff")
 """Those of `vdi` that cli_library.py has."""
 
 
