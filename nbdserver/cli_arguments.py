@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
-from nbdserver.cli_diff_arguments import add_diffs
 from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers
 from nbdserver.cli_server_arguments import add_client
 from objstore.errors import InvalidRequest
@@ -22,6 +21,7 @@ EXIT_USAGE: Final = 2
 """Exit code of a request that is wrong in itself, as every program's that uses argparse."""
 
 CONFIG_VARIABLE: Final = "SHEEPFOLD_CONFIG"
+TLS_MODES: Final = ("off", "selective", "forced")
 SHELLS: Final = ("bash", "zsh", "tcsh")
 
 T = TypeVar("T")
@@ -83,6 +83,12 @@ def build_parser() -> Parser:
         "--repair", action="store_true", help="mend what can be mended without a choice, then check again"
     )
     check.add_argument("--verbose", "-v", action="store_true", help="list ordinary leftovers too")
+    tls = commands.add_parser("tls", help="make certificates for encrypted connections")
+    _add_tls_make(
+        tls.add_subparsers(dest="tls_command", metavar="COMMAND", required=True).add_parser(
+            "make", help="write a CA, a server's certificate and one for each client, to try TLS out"
+        )
+    )
     completion = commands.add_parser("completion", help="print a completion script for a shell")
     completion.add_argument("shell", choices=SHELLS)
     return parser
@@ -139,6 +145,25 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="unix:///PATH, tcp://HOST:PORT or vsock://CID:PORT instead of the default listeners (repeatable)",
     )
+    parser.add_argument(
+        "--tls",
+        choices=TLS_MODES,
+        help="off: none (default); selective: for clients that ask for it and exports that require it; forced: for all",
+    )
+    parser.add_argument(
+        "--tls-certificates",
+        metavar="DIR",
+        type=_argument(_path),
+        help="directory with ca-cert.pem, server-cert.pem and server-key.pem",
+    )
+    parser.add_argument(
+        "--tls-any-client",
+        action="store_true",
+        help="serve clients that show no certificate too: encrypted, but open to everyone",
+    )
+    parser.add_argument(
+        "--tls-psk", metavar="FILE", type=_argument(_path), help="file of pre-shared keys; needs Python 3.13"
+    )
     parser.add_argument("--default", metavar="NAME", help="VDI that clients get who name none")
     parser.add_argument(
         "--list-snapshots", action="store_true", help="show clients who ask for a list of exports the snapshots too"
@@ -151,6 +176,28 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metrics", metavar="URL", help="tcp://HOST:PORT where Prometheus may ask (default: nowhere)")
     parser.add_argument("--verbose", "-v", action="store_true", help="log connections and store events to stderr")
+
+
+def _add_tls_make(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", type=_argument(_directory))
+    parser.add_argument(
+        "--host",
+        metavar="HOST",
+        dest="hosts",
+        action="append",
+        default=[],
+        help="name or address of the server besides localhost (repeatable)",
+    )
+    parser.add_argument(
+        "--client",
+        metavar="NAME",
+        dest="clients",
+        action="append",
+        default=[],
+        help="name of a client, whose directory is DIR/NAME (repeatable; default: client)",
+    )
+    parser.add_argument("--days", metavar="N", type=int, default=365, help="how long they are valid (default: 365)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -190,7 +237,6 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         _argument(_any_name),
         _argument(_rate),
     )
-    add_diffs(lambda command, what: commands.add_parser(command, help=what), _add_common, _add_force, _argument)
     for command, what, metavar, convert in (
         ("info", "show one VDI", "NAME", _name),
         ("delete", "delete a VDI, or a snapshot, and its data for good", "NAME[@TAG]", _any_name),

@@ -1,6 +1,7 @@
 """The commands of `sheepfold`: arguments in, text or JSON out. Imports what a command needs when it runs."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from nbdserver.cli_admin import Admin
     from nbdserver.config import Config
     from nbdserver.service import Ready, ServePlan
+    from nbdserver.tls import TlsSettings
 
 
-LIBRARY_COMMANDS: Final = ("attr", "limit", "download", "upload", "allocate", "map", "diff")
+LIBRARY_COMMANDS: Final = ("attr", "limit", "download", "upload", "allocate", "map")
 """Those of `vdi` that cli_library.py has."""
 
 
@@ -29,6 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
         completion(arguments.shell)
     elif arguments.command == "serve":
         serve(arguments)
+    elif arguments.command == "tls":
+        from nbdserver.cli_tls import make
+
+        make(arguments)
     elif arguments.command == "check":
         from nbdserver.cli_check import check
 
@@ -88,7 +94,25 @@ def _plan(arguments: argparse.Namespace) -> "ServePlan":
         server=replace(config.server, list_snapshots=True) if arguments.list_snapshots else config.server,
         force=arguments.force_open,
         swap=arguments.swap,
+        tls=_tls(arguments, config.tls),
     )
+
+
+def _tls(arguments: argparse.Namespace, configured: "TlsSettings") -> "TlsSettings":
+    """What the configuration says, as far as the command line does not say something else."""
+    given: dict[str, object] = {}
+    if arguments.tls:
+        given["mode"] = arguments.tls
+    if arguments.tls_certificates:
+        given["certificates"] = arguments.tls_certificates
+    if arguments.tls_any_client:
+        given["verify_clients"] = False
+    if arguments.tls_psk:
+        given["psk"] = arguments.tls_psk
+    try:
+        return dataclasses.replace(configured, **given)  # type: ignore[arg-type]  # each of its field's type
+    except InvalidRequest as error:
+        raise InvalidRequest(f"TLS: {error}") from error
 
 
 def _announce(ready: "Ready", as_json: bool) -> None:
@@ -97,7 +121,7 @@ def _announce(ready: "Ready", as_json: bool) -> None:
     from objstore.units import format_size
 
     for name, size_bytes in ready.exports:
-        uris = [listener.uri(name) for listener in ready.listeners]
+        uris = [listener.uri(name, tls=ready.tls_only) for listener in ready.listeners]
         if as_json:
             print(json_line({"export": name, "size_bytes": size_bytes, "uris": uris}))
         else:

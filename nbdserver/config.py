@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from nbdserver.server import ServerSettings
+from nbdserver.tls import TlsSettings
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path
 from objstore.units import GIB, MIB, check_vdi_bytes, parse_size
@@ -68,9 +69,10 @@ class Config:
     vdi: Mapping[str, VdiConfig] = field(default_factory=dict)
     store: StoreSettings = field(default_factory=StoreSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
 
 
-_TABLES: Final = ("store", "server", "vdi")
+_TABLES: Final = ("store", "server", "vdi", "tls")
 
 SERVER_BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "list_snapshots": (False, True),
@@ -126,7 +128,17 @@ def parse(document: Mapping[str, Any], directory: Path) -> Config:
         vdi=vdis,
         store=_convert(_table(document, "store"), StoreSettings, "store", _keys(StoreSettings)),
         server=_server_settings(_table(document, "server")),
+        tls=_tls_settings(_table(document, "tls"), directory),
     )
+
+
+def _tls_settings(table: Mapping[str, Any], directory: Path) -> TlsSettings:
+    values = dict(table)
+    for key in ("certificates", "psk"):
+        if isinstance(values.get(key), str):
+            check_path(values[key], f"tls.{key}")
+            values[key] = directory / values[key]
+    return _convert(values, TlsSettings, "tls", _keys(TlsSettings))
 
 
 def _server_settings(table: Mapping[str, Any]) -> ServerSettings:

@@ -8,35 +8,38 @@ Flow: requests are taken while fewer than requests_in_flight_max of them wait fo
 that the client has not taken stay below their bounds, and memory for a long payload is there; otherwise the socket is
 not read, which is how the client notices.
 Ends: DISC, end of file, a protocol error and `finish` stop reading; what was taken is answered and sent, the sending
-side is shut down, and for at most linger_seconds incoming bytes are read and dropped, because closing a socket with
-unread bytes resets it and may destroy replies on their way. `abort` and send errors close at once. The volume is given
-back when the last task of the connection has ended.
+side is shut down (TLS: behind a close_notify), and for at most linger_seconds incoming bytes are read and dropped,
+because closing a socket with unread bytes resets it and may destroy replies on their way. `abort` and send errors close
+at once. The volume is given back when the last task of the connection has ended.
 Every attribute is changed in the event loop only.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
-import itertools
 import logging
 import select
 import socket
+import ssl
 import sys
 import termios
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from nbdserver.buffers import Buffer, BufferPool
-from nbdserver.complaints import Complaints
-from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, REPLY_AREA_BYTES, Dispatch, open_volume
-from nbdserver.exports import Exports, query_of, snapshot_of
-from nbdserver.handshake import Enter, Handshake, State
-from nbdserver.identity import Fences, Peer
-from nbdserver.meters import Counts, Meter, Meters
+from nbdserver.buffers import Buffer
+from nbdserver.common import Common
+from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, Dispatch, open_volume
+from nbdserver.exports import query_of, snapshot_of
+from nbdserver.handshake import Enter, Handshake, Secure, State, TlsMode
+from nbdserver.identity import Peer
+from nbdserver.meters import Meter
 from nbdserver.sending import Sender
 from nbdserver.settings import ServerSettings
-from nbdserver.transmission import RECEIVE_BYTES, Transmission
+from nbdserver.tls import certificate_names, distinguished_name
+from nbdserver.tls_stream import TlsStream
+from nbdserver.transmission import Transmission
 from nbdserver.wire import replies
 from nbdserver.wire.constants import OptionReply, ProtocolError
 from objstore.access.api import ClientStatus
@@ -56,29 +59,6 @@ ROUNDS_MAX: Final = 16
 """Receives of one wake-up before the other connections get their turn."""
 
 
-class Common:
-    """What the connections of one event loop share."""
-
-    def __init__(
-        self, settings: ServerSettings, exports: Exports, entered: Callable[["Connection"], Awaitable[None]]
-    ) -> None:
-        self.settings = settings
-        self.exports = exports
-        self.entered = entered
-        """Awaited when a connection has taken its volume, before its first request."""
-        self.complain = Complaints(log)
-        self.fences = Fences()
-        self.counts = Counts()
-        self.meters: Meters | None = None
-        """Set before the first connection: requests are counted for each export."""
-        self.numbers = itertools.count(1)
-        self.pool = BufferPool(settings.buffer_bytes_max)
-        self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
-        self.reply_area = memoryview(bytearray(REPLY_AREA_BYTES))
-        self.last_active: Connection | None = None
-        self.no_polling_until = 0.0
-
-
 class Connection:
     """One accepted socket, from greeting to close: `run` is its whole life."""
 
@@ -95,8 +75,14 @@ class Connection:
         self._pool = common.pool
         self._loop = asyncio.get_running_loop()
         self._connected_at = time.monotonic()
+        self._tls = common.tls
+        self._stream: socket.socket | TlsStream = sock
+        """What bytes go through: the socket itself, or TLS on it."""
         self._handshake = Handshake(
-            common.exports, extended=self._settings.extended_headers, options_max=self._settings.options_max
+            common.exports,
+            extended=self._settings.extended_headers,
+            options_max=self._settings.options_max,
+            tls=TlsMode.OFF if common.tls is None else common.tls.mode,
         )
         self._transmission: Transmission | None = None
         self._dispatch: Dispatch | None = None
@@ -221,6 +207,8 @@ class Connection:
 
     def _peek(self) -> bytes:
         """What the kernel still has of the peer's stream; nothing if that is more than PEEK_BYTES_MAX."""
+        if isinstance(self._stream, TlsStream):
+            return self._stream.peek(PEEK_BYTES_MAX)
         with contextlib.suppress(OSError):
             unread_bytes = int.from_bytes(fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4)), sys.byteorder)
             if 0 < unread_bytes <= PEEK_BYTES_MAX:
@@ -279,7 +267,10 @@ class Connection:
         await self._send_handshake()
         while True:
             event = handshake.step()
-            if isinstance(event, Enter):
+            if isinstance(event, Secure):
+                await self._send_handshake()
+                await self._start_tls()
+            elif isinstance(event, Enter):
                 limit.reschedule(None)
                 info = await self._open(event.name)
                 limit.reschedule(self._loop.time() + self._settings.handshake_seconds)
@@ -291,7 +282,10 @@ class Connection:
             else:
                 if handshake.state is State.CLOSED or self._finishing:
                     return None
-                data = await self._loop.sock_recv(self._sock, HANDSHAKE_RECEIVE_BYTES)
+                if isinstance(self._stream, TlsStream):
+                    data = await self._stream.receive()
+                else:
+                    data = await self._loop.sock_recv(self._sock, HANDSHAKE_RECEIVE_BYTES)
                 if not data:
                     return None
                 self._received_bytes += len(data)
@@ -303,8 +297,26 @@ class Connection:
     async def _send_handshake(self) -> None:
         output = self._handshake.take_output()
         if output:
-            await self._loop.sock_sendall(self._sock, output)
+            if isinstance(self._stream, TlsStream):
+                await self._stream.send_all(output)
+            else:
+                await self._loop.sock_sendall(self._sock, output)
             self._sender.sent_bytes += len(output)
+
+    async def _start_tls(self) -> None:
+        """The rest of the connection goes through TLS. ProtocolError: the client was told why not."""
+        assert self._tls is not None
+        stream = TlsStream(self._sock, self._tls.context, self._common.sealed_buffer)
+        try:
+            await stream.handshake()
+        except ssl.SSLError as error:
+            raise ProtocolError(f"TLS: {error.reason or error}") from error
+        self._stream = self._sender.stream = stream
+        shown = stream.certificate()
+        self.peer = dataclasses.replace(
+            self.peer, certificate=distinguished_name(shown), names=certificate_names(shown)
+        )
+        self._handshake.secured(self._common.exports)
 
     async def _open(self, name: str) -> VolumeInfo | None:
         """Open the volume behind an export and tell the handshake what came of it."""
@@ -365,16 +377,16 @@ class Connection:
         common = self._common
         transmission = self._transmission
         assert transmission is not None
-        sock = self._sock
+        stream = self._stream
         spin = common.last_active is self and self._settings.busy_poll_seconds > 0
         common.last_active = self
         for _ in range(ROUNDS_MAX):
             buffers = transmission.buffers()
             try:
                 if len(buffers) == 1:
-                    length = sock.recv_into(buffers[0])
+                    length = stream.recv_into(buffers[0])
                 else:
-                    length = sock.recvmsg_into(buffers)[0]
+                    length = stream.recvmsg_into(buffers)[0]
             except BlockingIOError:
                 break
             except OSError as error:
@@ -586,8 +598,10 @@ class Connection:
     async def _linger(self) -> None:
         """Shut down the sending side, then read and drop until the peer closes or the time is over."""
         with contextlib.suppress(OSError, TimeoutError):
-            self._sock.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(self._settings.linger_seconds):
+                if isinstance(self._stream, TlsStream):
+                    await self._stream.close()
+                self._sock.shutdown(socket.SHUT_WR)
                 while await self._loop.sock_recv(self._sock, HANDSHAKE_RECEIVE_BYTES):
                     pass
 

@@ -2,12 +2,12 @@
 
 The connection feeds bytes with `receive`, calls `step` until it returns None, and sends `take_output()` before it
 receives more. `step` returns `Enter` when the client has chosen an export: the connection opens it and calls `entered`
-or `refused`.
+or `refused`. It returns `Secure` when TLS begins: the connection sends the output, sets TLS up and calls `secured`.
 A pair of state and option that is not in TABLE: in a state that knows options at all ERR_UNSUP, otherwise the option
 breaks the protocol and ends the connection.
 Limits: OPTION_BYTES_MAX of one option (longer ones are skipped as they arrive), options_max options.
 Spec: proto.md, "Newstyle negotiation", "Fixed newstyle negotiation", "Option types", "Option reply types", "TLS
-support" (mode NOTLS); proto-ext-header.md for EXTENDED_HEADERS.
+support"; proto-ext-header.md for EXTENDED_HEADERS.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,12 +48,21 @@ HANDSHAKE_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 CLIENT_FLAGS_KNOWN: Final = ClientFlag.C_FIXED_NEWSTYLE | ClientFlag.C_NO_ZEROES
 
 
+class TlsMode(Enum):
+    """What the server makes of STARTTLS: the three modes of proto.md, "Server-side requirements"."""
+
+    OFF = "off"
+    SELECTIVE = "selective"
+    FORCED = "forced"
+
+
 class State(Enum):
     """Where the handshake stands."""
 
     GREETING = "waits for the client's flags"
     NEWSTYLE = "client without fixed newstyle: may name an export, nothing else"
     OPTIONS = "haggles over options"
+    SECURING = "TLS begins"
     OPENING = "an export is being opened"
     TRANSMISSION = "agreed"
     CLOSED = "the connection ends once the output is sent"
@@ -73,14 +82,28 @@ class Enter(NamedTuple):
     name: str
 
 
-class Handshake:
-    """One handshake. extended: offer extended headers."""
+class Secure:
+    """The client has been promised TLS: `secured` must follow."""
 
-    def __init__(self, exports: Exports, *, extended: bool = True, options_max: int = OPTIONS_MAX) -> None:
+
+class Handshake:
+    """One handshake. extended: offer extended headers. tls: the mode, for the whole connection."""
+
+    def __init__(
+        self,
+        exports: Exports,
+        *,
+        extended: bool = True,
+        options_max: int = OPTIONS_MAX,
+        tls: TlsMode = TlsMode.OFF,
+    ) -> None:
         self.state = State.GREETING
+        self.secure = False
+        """TLS is in use."""
         self.stopping = False
         """The server is closing: every option but ABORT gets ERR_SHUTDOWN."""
         self._exports = exports
+        self._tls = tls
         self._extended_offered = extended
         self._options_left = options_max
         self._input = bytearray()
@@ -117,8 +140,9 @@ class Handshake:
         contexts = tuple(zip(context_ids(self._contexts), self._contexts, strict=True))
         return Agreement(self._structured and not self._extended, self._extended, contexts)
 
-    def step(self) -> Enter | bool:
-        """Do one thing with the bytes that are there. False: nothing to do until more come (or `entered`, `refused`).
+    def step(self) -> Enter | Secure | bool:
+        """Do one thing with the bytes that are there. False: nothing to do until more come (or `entered`, `refused`,
+        `secured`).
 
         ProtocolError: end the connection. One option a step, so that output never piles up unsent.
         """
@@ -144,6 +168,18 @@ class Handshake:
     def contexts_of(self, name: str) -> tuple[str, ...]:
         """The contexts that are selected, if they are for this export."""
         return self._contexts if self._contexts_of == name else ()
+
+    def secured(self, exports: Exports) -> None:
+        """TLS is in use, and the client may have a name now that makes it see other exports. What was agreed before is
+        forgotten: somebody else may have said it."""
+        assert self.state is State.SECURING
+        assert not self._input
+        self._exports = exports
+        self._structured = self._extended = False
+        self._contexts_of, self._contexts = None, ()
+        self._wanted = ()
+        self.secure = True
+        self.state = State.OPTIONS
 
     def entered(self, info: VolumeInfo) -> None:
         """The export is open: tell the client, and transmission begins."""
@@ -178,14 +214,18 @@ class Handshake:
         self.state = State.OPTIONS if flags & ClientFlag.C_FIXED_NEWSTYLE else State.NEWSTYLE
         return True
 
-    def _perform(self, option: int, data: bytes | None) -> Enter | bool:
+    def _perform(self, option: int, data: bytes | None) -> Enter | Secure | bool:
         """Answer one option. data None: it was too long to keep."""
         self._options_left -= 1
         if self._options_left < 0:
             raise ProtocolError("too many options without choosing an export")
         self._option = option
         handler = TABLE.get((self.state, option))
-        if handler is None:
+        if self._tls is TlsMode.FORCED and not self.secure and option not in (Option.STARTTLS, Option.ABORT):
+            if option == Option.EXPORT_NAME or self.state is not State.OPTIONS:
+                raise ProtocolError(f"option {option} without TLS, which is required")
+            self._error(OptionReply.ERR_TLS_REQD, "this server requires TLS")
+        elif handler is None:
             if self.state is not State.OPTIONS:
                 raise ProtocolError(f"option {option} is not possible now: {self.state.value}")
             self._error(OptionReply.ERR_UNSUP, f"unknown option {option}")
@@ -193,12 +233,13 @@ class Handshake:
             if option == Option.EXPORT_NAME:
                 raise ProtocolError("the server is closing")
             self._error(OptionReply.ERR_SHUTDOWN, "the server is closing")
-        elif data is None and option != Option.ABORT:
+        elif data is None and option not in (Option.ABORT, Option.STARTTLS):
             if option == Option.EXPORT_NAME:
                 raise ProtocolError("export name is too long")
             self._error(OptionReply.ERR_TOO_BIG, f"data of an option is at most {OPTION_BYTES_MAX} bytes")
         else:
-            return handler(self, data or b"") or True
+            event = handler(self, b"too long" if data is None else data)
+            return True if event is None else event
         return True
 
     def _export_name(self, data: bytes) -> Enter | None:
@@ -226,9 +267,20 @@ class Handshake:
                     self._output += wire.reply_server(self._option, name, info.description)
             self._reply(OptionReply.ACK)
 
-    def _starttls(self, data: bytes) -> None:
-        if self._without_data(data):
+    def _starttls(self, data: bytes) -> Secure | None:
+        if not self._without_data(data):
+            return None
+        if self._tls is TlsMode.OFF:
             self._error(OptionReply.ERR_UNSUP, "this server has no TLS")
+            return None
+        if self.secure:
+            self._error(OptionReply.ERR_INVALID, "TLS is in use already")
+            return None
+        if self._input:
+            raise ProtocolError("plain bytes behind STARTTLS, which the client can't have meant")
+        self._reply(OptionReply.ACK)
+        self.state = State.SECURING
+        return Secure()
 
     def _info(self, data: bytes) -> None:
         info = self._requested(data)
@@ -319,12 +371,18 @@ class Handshake:
         self._wanted = request.wanted
         info = self._exports.describe(request.name)
         if info is None:
-            text = f"no such export {request.name!r}" if request.name else "there is no default export"
-            self._error(OptionReply.ERR_UNKNOWN, text)
+            self._error(*self._no_such_export(request.name))
         elif info.refused:
             self._error(OptionReply.ERR_POLICY, info.refused)
             return None
         return info
+
+    def _no_such_export(self, name: str) -> tuple[OptionReply, str]:
+        """What INFO and GO say. Without TLS nobody is told whether TLS would make a difference."""
+        text = f"no such export {name!r}" if name else "there is no default export"
+        if self._tls is TlsMode.SELECTIVE and not self.secure:
+            return OptionReply.ERR_TLS_REQD, f"{text}, or it requires TLS"
+        return OptionReply.ERR_UNKNOWN, text
 
     def _describe(self, info: VolumeInfo) -> None:
         """The information replies to INFO and GO. Sizes are told always: clients that do not ask use them all the
@@ -365,7 +423,7 @@ def description(info: VolumeInfo) -> str:
     return f"{info.description}, {IDENTITY_WORD} {info.identity}" if info.identity else info.description
 
 
-Handler = Callable[[Handshake, bytes], Enter | None]
+Handler = Callable[[Handshake, bytes], Enter | Secure | None]
 
 TABLE: Final[Mapping[tuple[State, int], Handler]] = {
     (State.NEWSTYLE, Option.EXPORT_NAME): Handshake._export_name,

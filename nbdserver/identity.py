@@ -29,7 +29,9 @@ class Peer:
     uid: int | None = None
     """User at the other end of a Unix socket, as the kernel noted when it connected."""
     certificate: str = ""
-    """Name in a certificate that was verified; empty without one."""
+    """Distinguished name (RFC 4514) of the subject of a certificate that was verified; empty without one."""
+    names: frozenset[str] = frozenset()
+    """Every name in that certificate."""
 
     @property
     def client(self) -> str:

@@ -48,16 +48,17 @@ class Listener(NamedTuple):
             )
         raise ValueError(f"listener is {FORMS}, not {text!r}")
 
-    def uri(self, export_name: str) -> str:
-        """The NBD URI of an export behind this listener."""
+    def uri(self, export_name: str, *, tls: bool = False) -> str:
+        """The NBD URI of an export behind this listener. tls: with TLS only."""
+        scheme = "nbds" if tls else "nbd"
         name = quote(export_name, safe="")
         if self.path is not None:
-            return f"nbd+unix:///{name}?socket={quote(self.path, safe='/')}"
+            return f"{scheme}+unix:///{name}?socket={quote(self.path, safe='/')}"
         port = "" if self.port == PORT else f":{self.port}"
         if self.cid is not None:
-            return f"nbd+vsock://{VSOCK_HOST_CID if self.cid == socket.VMADDR_CID_ANY else self.cid}{port}/{name}"
+            return f"{scheme}+vsock://{VSOCK_HOST_CID if self.cid == socket.VMADDR_CID_ANY else self.cid}{port}/{name}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"nbd://{host}{port}/{name}"
+        return f"{scheme}://{host}{port}/{name}"
 
     def __str__(self) -> str:
         if self.path is not None:

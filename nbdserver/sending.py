@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Final
 
 from nbdserver.buffers import Buffer, BufferPool
+from nbdserver.tls_stream import TlsStream
 
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
 
@@ -41,6 +42,8 @@ class Sender:
         """A batch is being answered; `send` follows it, so nothing need be scheduled."""
         self.waiting_since: float | None = None
         """Monotonic time since which the full socket has taken nothing; None: it is not full."""
+        self.stream: socket.socket | TlsStream = sock
+        """Where replies go: the socket itself, or TLS on it. Changed only while nothing is queued."""
         self._sock = sock
         self._pool = pool
         self._area = area
@@ -72,7 +75,7 @@ class Sender:
         sent = 0
         if not self._queue:
             try:
-                sent = self._sock.send(view)
+                sent = self.stream.send(view)
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -128,9 +131,9 @@ class Sender:
         while queue:
             try:
                 if len(queue) == 1:
-                    sent = self._sock.send(queue[0][0])
+                    sent = self.stream.send(queue[0][0])
                 else:
-                    sent = self._sock.sendmsg([entry[0] for entry in islice(queue, IOV_MAX)])
+                    sent = self.stream.sendmsg([entry[0] for entry in islice(queue, IOV_MAX)])
             except BlockingIOError:
                 return False
             except OSError as error:

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from nbdserver.connection import Common, Connection
+from nbdserver.common import Common
+from nbdserver.connection import Connection
 from nbdserver.exports import Exports
 from nbdserver.identity import Fences, peer_of
 from nbdserver.listening import Listener, Listening
 from nbdserver.meters import Meters, Network
 from nbdserver.settings import ServerSettings
+from nbdserver.tls import Tls
 from objstore.access.api import ClientStatus
 from objstore.errors import StoreError
 from objstore.volume.base import Volume, VolumeSource
@@ -46,12 +48,12 @@ KEEPALIVE_COUNT: Final = 6
 class Server:
     """An NBD server over the volumes of `source`. `start`, `stop`, once each; every method in the event loop."""
 
-    def __init__(self, source: VolumeSource, settings: ServerSettings | None = None) -> None:
+    def __init__(self, source: VolumeSource, settings: ServerSettings | None = None, *, tls: Tls | None = None) -> None:
         self.settings = settings or ServerSettings()
         self.listeners: list[Listener] = []
         """Where the server listens, ports filled in."""
         self._exports = Exports(source, self.settings.default_export, list_snapshots=self.settings.list_snapshots)
-        self._common = Common(self.settings, self._exports, self._entered)
+        self._common = Common(self.settings, self._exports, self._entered, tls)
         self._listening = Listening()
         self._connections: dict[Connection, asyncio.Task[None]] = {}
         self._ended_before = 0
@@ -137,6 +139,10 @@ class Server:
             log.error("flush at the stop failed export=%s: %s", volume.name, error)
         finally:
             await self._exports.source.close(volume)
+
+    def use_tls(self, tls: Tls | None) -> None:
+        """TLS for connections that begin from now on: other certificates, another mode, or none. Open ones go on."""
+        self._common.tls = tls
 
     def clients(self) -> list[ClientStatus]:
         """Every connection, oldest first."""

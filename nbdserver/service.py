@@ -31,11 +31,13 @@ from nbdserver.control import ControlServer
 from nbdserver.control_clients import ClientOperations
 from nbdserver.control_server import ServerOperations
 from nbdserver.flusher import lock_memory, mark_as_flusher
+from nbdserver.handshake import TlsMode
 from nbdserver.heartbeat import Heartbeat, Progress
 from nbdserver.listening import Listener
 from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
 from nbdserver.server import Server, ServerSettings
 from nbdserver.systemd import HandedSocket, handed_sockets, notify, reloading
+from nbdserver.tls import Tls, TlsSettings, load_tls
 from objstore.access.api import LockNote, ServerStatus
 from objstore.errors import InvalidRequest, NotFound, StoreError
 from objstore.volume.directories import zone_paths
@@ -73,6 +75,7 @@ class ServePlan:
     server: ServerSettings = field(default_factory=ServerSettings)
     force: bool = False
     """Open the store without zones that may hold something newer."""
+    tls: TlsSettings = field(default_factory=TlsSettings)
     swap: bool = False
     """Keep all memory, because clients swap to a disk of ours."""
 
@@ -89,6 +92,8 @@ class Ready:
     listeners: Sequence[Listener]
     exports: Sequence[tuple[str, int]]
     """Name and size in bytes."""
+    tls_only: bool = False
+    """No client is served without TLS."""
 
 
 def run(
@@ -114,6 +119,7 @@ async def serve(
     stop, reload = asyncio.Event(), asyncio.Event()
     _on_signals(asyncio.get_running_loop(), stop, reload)
     _raise_descriptor_limit()
+    tls = load_tls(plan.tls)
     if plan.swap:
         lock_memory()
     handed = handed_sockets(os.environ, os.getpid())
@@ -127,7 +133,7 @@ async def serve(
         try:
             await _create_missing(store, plan.vdis)
             _check_default(store, plan.default)
-            await _serve_store(store, plan, where, ready, stop, reload, reread)
+            await _serve_store(store, plan, where, ready, stop, reload, reread, tls)
         finally:
             await store.shutdown()
     finally:
@@ -143,8 +149,9 @@ async def _serve_store(
     stop: asyncio.Event,
     reload: asyncio.Event,
     reread: Callable[[], ServePlan],
+    tls: Tls | None,
 ) -> None:
-    server = Server(store, plan.server_settings)
+    server = Server(store, plan.server_settings, tls=tls)
     reloader = Reloader(store, server, plan, reread)
     heartbeat = Heartbeat(lambda: _progress(store, server), time.monotonic)
 
@@ -159,7 +166,8 @@ async def _serve_store(
     try:
         await control_server.start(where.control, where.control_socket)
         await server.start(where.listeners, where.handed)
-        ready(Ready(server.listeners, [(vdi.name, vdi.size_bytes) for vdi in store.vdis()]))
+        exports = [(vdi.name, vdi.size_bytes) for vdi in store.vdis()]
+        ready(Ready(server.listeners, exports, tls is not None and tls.mode is TlsMode.FORCED))
         notify("READY=1")
         heartbeat.start()
         reloader.start(reload)
@@ -221,10 +229,12 @@ class Reloader:
         """
         async with self._turn:
             new = await asyncio.to_thread(self._reread)
+            tls = await asyncio.to_thread(load_tls, new.tls)
             if new.default is not None and new.default not in (*self._store.names(), *new.vdis):
                 _check_default(self._store, new.default)
             await _create_missing(self._store, new.vdis)
             self._server.reconfigure(new.server_settings)
+            self._server.use_tls(tls)
             needed = [key for key in NEEDING_RESTART if getattr(new, key) != getattr(self._plan, key)]
             # What needs a restart is still to be named at the next time.
             self._plan = dataclasses.replace(new, **{key: getattr(self._plan, key) for key in NEEDING_RESTART})
@@ -320,11 +330,21 @@ def places(plan: ServePlan, handed: Sequence[HandedSocket] = ()) -> Places:
     defaults = () if nbd else (f"unix://{quote(os.fspath(directory / NBD_SOCKET))}", NBD_ADDRESS)
     listeners = [_listener(text) for text in plan.listen or defaults]
     for listener in filter(exposed, listeners):
-        _warn(
-            f"{listener} can be reached from other machines and has no TLS: whoever connects can read and overwrite"
-            " every disk, and what travels can be read on the way"
-        )
+        _warn_of_exposure(listener, plan.tls)
     return Places(listeners, control or control_path(directory, plan.zones[0]), nbd, control_socket)
+
+
+def _warn_of_exposure(listener: Listener, tls: TlsSettings) -> None:
+    reached = f"{listener} can be reached from other machines and"
+    if tls.mode == TlsMode.OFF.value:
+        _warn(
+            f"{reached} has no TLS: whoever connects can read and overwrite every disk, and what travels can be read on"
+            " the way"
+        )
+    elif tls.mode != TlsMode.FORCED.value:
+        _warn(f"{reached} takes clients without TLS")
+    elif not tls.verify_clients:
+        _warn(f"{reached} takes clients that show no certificate")
 
 
 def _control_of(plan: ServePlan, handed: socket.socket | None) -> Path | None:

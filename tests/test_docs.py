@@ -13,6 +13,7 @@ from nbdserver.cli_arguments import Parser, build_parser
 from nbdserver.cli_check import EXIT_CODES as CHECK_EXIT_CODES
 from nbdserver.config import SERVER_BOUNDS, VdiConfig, load
 from nbdserver.server import ServerSettings
+from nbdserver.tls import TlsSettings
 from objstore.volume.settings import MODES, StoreSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,7 @@ def test_every_mode_is_described(mode: str) -> None:
 CONFIGURATION = [
     *(("[store]", field.name) for field in dataclasses.fields(StoreSettings)),
     *(("[server]", key) for key in SERVER_BOUNDS),
+    *(("[tls]", field.name) for field in dataclasses.fields(TlsSettings)),
     *(("[vdi.NAME]", field.name) for field in dataclasses.fields(VdiConfig)),
 ]
 
@@ -71,10 +73,11 @@ def test_the_example_configuration_is_valid_with_every_key_switched_on(tmp_path:
     text = EXAMPLE.read_text()
     load(EXAMPLE)
     everything = tmp_path / "all.toml"
-    everything.write_text(re.sub(r"^#(?=\w+ = )", "", text, flags=re.MULTILINE))
+    everything.write_text(re.sub(r"^#(?!psk)(?=\w+ = )", "", text, flags=re.MULTILINE))  # psk is refused
     config = load(everything)
     assert config.default == "disk"
     assert config.store == StoreSettings()
     assert config.server == ServerSettings()
+    assert config.tls == TlsSettings("forced", Path("/etc/sheepfold/tls"))
     for _table, key in CONFIGURATION:
         assert re.search(rf"^#?{key} = ", text, re.MULTILINE), f"{key} is not in the example"

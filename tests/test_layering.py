@@ -22,8 +22,15 @@ BASE = {
 }
 WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
+TLS = {"nbdserver.tls", "nbdserver.tls_stream"}
 IDENTITY = {"nbdserver.identity", "nbdserver.meters"}
-CONNECTION = {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.connection", "nbdserver.settings"}
+CONNECTION = {
+    "nbdserver.exports",
+    "nbdserver.dispatch",
+    "nbdserver.common",
+    "nbdserver.connection",
+    "nbdserver.settings",
+}
 SERVER = {"nbdserver.listening", "nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
 CONTROL = {
     "nbdserver.operations",
@@ -61,15 +68,25 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.dispatch": WIRE
     | MACHINES
     | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.complaints", "nbdserver.meters"},
-    "nbdserver.sending": WIRE,
+    "nbdserver.tls": {"nbdserver.handshake"},
+    "nbdserver.tls_stream": set(),
+    "nbdserver.tls_make": {"nbdserver.tls"},
+    "nbdserver.cli_tls": {"nbdserver.tls_make", "nbdserver.cli_output"},
+    "nbdserver.sending": WIRE | {"nbdserver.tls_stream"},
     "nbdserver.settings": {"nbdserver.handshake"},
+    "nbdserver.common": WIRE
+    | MACHINES
+    | IDENTITY
+    | TLS
+    | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.settings", "nbdserver.complaints"},
     "nbdserver.connection": WIRE
     | MACHINES
     | IDENTITY
-    | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings", "nbdserver.complaints"},
+    | TLS
+    | {"nbdserver.common", "nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings"},
     "nbdserver.listening": WIRE,
-    "nbdserver.server": WIRE | {"nbdserver.listening"} | MACHINES | CONNECTION | IDENTITY,
-    "nbdserver.config": {"nbdserver.server"},
+    "nbdserver.server": WIRE | {"nbdserver.listening"} | MACHINES | CONNECTION | IDENTITY | {"nbdserver.tls"},
+    "nbdserver.config": {"nbdserver.server", "nbdserver.tls"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),
     "nbdserver.flusher": set(),
@@ -82,17 +99,11 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.control_clients": IDENTITY | {"nbdserver.operations"},
     "nbdserver.service": SERVER
     | CONTROL
-    | {"nbdserver.flusher", "nbdserver.heartbeat"}
+    | {"nbdserver.flusher", "nbdserver.heartbeat", "nbdserver.tls", "nbdserver.handshake"}
     | {"nbdserver.metrics_http"}
     | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
-    "nbdserver.cli_arguments": {
-        "nbdserver.cli_diff_arguments",
-        "nbdserver.cli_library_arguments",
-        "nbdserver.cli_server_arguments",
-    },
-    "nbdserver.cli_diff_arguments": set(),
-    "nbdserver.cli_diff": {"nbdserver.cli_output", "nbdserver.cli_progress", "objstore.access"},
+    "nbdserver.cli_arguments": {"nbdserver.cli_library_arguments", "nbdserver.cli_server_arguments"},
     "nbdserver.cli_server_arguments": set(),
     "nbdserver.cli_clients": CONTROL | {"nbdserver.cli_output"},
     "nbdserver.cli_library_arguments": set(),
@@ -101,7 +112,6 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
         "nbdserver.cli_admin",
         "nbdserver.cli_output",
         "nbdserver.cli_progress",
-        "nbdserver.cli_diff",
         "nbdserver.cli_transfer",
         "nbdserver.cli_jobs",
         "objstore.access",
@@ -123,6 +133,8 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.cli_commands": SERVER
     | {
         "nbdserver.service",
+        "nbdserver.tls",
+        "nbdserver.cli_tls",
         "nbdserver.cli_check",
         "nbdserver.cli_arguments",
         "nbdserver.cli_admin",

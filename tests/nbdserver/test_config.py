@@ -6,6 +6,7 @@ import pytest
 
 from nbdserver.config import CONFIG_BYTES_MAX, SERVER_BOUNDS, Config, ConfigError, VdiConfig, load
 from nbdserver.server import ServerSettings
+from nbdserver.tls import TlsSettings
 from objstore.units import GIB, KIB, MIB
 from objstore.volume.settings import StoreSettings
 
@@ -42,6 +43,11 @@ map_memory_bytes = "16M"
 connections_max = 5
 buffer_bytes_max = "1G"
 extended_headers = false
+
+[tls]
+mode = "selective"
+certificates = "tls"
+verify_clients = false
 """
     assert load(write(tmp_path, text)) == Config(
         zones=(tmp_path / "a", Path("/srv/b")),
@@ -56,6 +62,7 @@ extended_headers = false
             dirty_bytes_max=32 * MIB, dirty_age_seconds=2.0, segment_bytes=MIB, map_memory_bytes=16 * MIB
         ),
         server=ServerSettings(connections_max=5, buffer_bytes_max=GIB, extended_headers=False),
+        tls=TlsSettings("selective", tmp_path / "tls", verify_clients=False),
     )
 
 
@@ -90,6 +97,11 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("[store]\ndirty_age_seconds = nan", "store: dirty_age_seconds = nan"),
         ("[server]\nconnections_max = 0", "server: connections_max = 0 is out of range: 1 to 65536"),
         ("[server]\nextended_headers = 1", "server.extended_headers: Expected `bool`"),
+        ("[tls]\nmode = 'on'", "tls: mode = 'on' is not possible; off, selective, forced are"),
+        ("[tls]\nmode = 'forced'", "tls: mode = forced needs certificates"),
+        ("[tls]\ncertificate = '/x'", "unknown key tls.certificate; the nearest valid one is tls.certificates"),
+        ("[tls]\ncertificates = 1", "tls.certificates: Expected `Path`, got `int`"),
+        ("[tls]\npsk = 'keys'", "tls: psk = "),
         ("zones = [1 2]", "line 1"),
         ("default = 'a'\ndefault = 'b'\nzones = []", "line 2"),
         ("zones = " + "[" * 5000, "nested too deeply"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from nbdserver.server import Server, ServerSettings
 from objstore.units import MIB
 from objstore.volume.memory import MemorySource, MemoryVolume
 from tests.conftest import ExpectedWarnings
+from tests.support.certificates import certificates
 from tests.support.channel import Disconnected
 from tests.support.nbd_client import attached, connected
 from tests.support.our_server import serve_source
@@ -139,6 +141,32 @@ async def test_a_wrong_configuration_is_refused_and_the_old_one_stays(sockets: P
             async with connected(server.address):
                 await refused(server.address)
             await client.still_serves()
+        await asyncio.to_thread(server.end)
+
+
+async def test_certificates_are_read_again(sockets: Path, tmp_path: Path) -> None:
+    """Others under the same names count for new clients; those that can't be used are refused; TLS can begin so."""
+    folder = sockets / "tls"
+    with service(sockets, tmp_path) as server:
+        server.configure()
+        await asyncio.to_thread(server.start)
+        async with attached(server.address, "disk") as plain:
+            shutil.copytree(certificates().directory, folder)
+            server.configure(more='[tls]\nmode = "forced"\ncertificates = "tls"')
+            assert (await asyncio.to_thread(server.reload)).returncode == 0
+            async with attached(server.address, "disk", tls=certificates().client()) as client:
+                (folder / "server-key.pem").write_text("")
+                done = await asyncio.to_thread(server.reload)
+                assert done.returncode == 2
+                assert "server-key.pem" in done.stderr
+                async with attached(server.address, "disk", tls=certificates().client()) as other:
+                    await other.still_serves()
+                shutil.copytree(certificates("other").directory, folder, dirs_exist_ok=True)
+                assert (await asyncio.to_thread(server.reload)).returncode == 0
+                async with attached(server.address, "disk", tls=certificates("other").client()) as other:
+                    await other.still_serves()
+                await client.still_serves()
+            await plain.still_serves()
         await asyncio.to_thread(server.end)
 
 

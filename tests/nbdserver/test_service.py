@@ -20,11 +20,14 @@ from nbdserver import cli_admin
 from nbdserver.cli import main
 from nbdserver.listening import Listener
 from nbdserver.service import Places, ServePlan, exposed, places
+from nbdserver.tls import TlsSettings
 from objstore.errors import Busy, InvalidRequest
 from objstore.units import MIB
 from objstore.volume.settings import StoreSettings
 from tests.conftest import ExpectedWarnings
+from tests.support.certificates import certificates
 from tests.support.nbd_client import attached, connected
+from tests.support.nbd_spec import Option, Rep
 
 BLOCK = bytes(range(256)) * 16
 
@@ -504,6 +507,60 @@ def test_a_listener_for_other_hosts_is_warned_about(
     places(ServePlan(zones=[tmp_path], listen=[listen], control=tmp_path / "c"))
     warning = capsys.readouterr().err
     assert ("no TLS" in warning and listen in warning) == warned
+
+
+@pytest.mark.parametrize(
+    ("tls", "said"),
+    [
+        (TlsSettings("forced", Path("tls")), ""),
+        (TlsSettings("forced", Path("tls"), verify_clients=False), "show no certificate"),
+        (TlsSettings("selective", Path("tls")), "takes clients without TLS"),
+    ],
+)
+def test_what_tls_leaves_open_is_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tls: TlsSettings, said: str
+) -> None:
+    places(ServePlan(zones=[tmp_path], listen=["tcp://0.0.0.0:1"], control=tmp_path / "c", tls=tls))
+    warning = capsys.readouterr().err
+    assert said in warning
+    assert bool(said) == bool(warning)
+
+
+async def test_tls_on_the_command_line(tmp_path: Path, zones: list[str]) -> None:
+    """The certificates of `tls make`, a URI that clients understand, and nothing without TLS."""
+    directory = certificates().directory
+    options = ("--tls", "forced", "--tls-certificates", str(directory))
+    with serving(tmp_path, zones, "--vdi", "disk:64M", *options) as server:
+        (export,) = server.exports(1)
+        assert export["uris"] == [f"nbds+unix:///disk?socket={tmp_path}/nbd.sock"]
+        async with connected(server.address) as plain:
+            assert await plain.final(Option.LIST) == Rep.ERR_TLS_REQD
+        async with attached(server.address, "disk", tls=certificates().client()) as client:
+            await client.write(0, BLOCK)
+            assert await client.read(0, len(BLOCK)) == BLOCK
+        assert server.stop()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--tls", "forced"], "TLS: mode = forced needs certificates"),
+        (["--tls", "forced", "--tls-certificates", "/nowhere"], "/nowhere/server-cert.pem: No such file"),
+        (["--tls-psk", "/keys"], "TLS: psk = /keys"),
+        (["--tls", "on"], "--tls"),
+    ],
+)
+def test_tls_mistakes_are_named_in_one_line(
+    zones: list[str], capsys: pytest.CaptureFixture[str], options: list[str], named: str
+) -> None:
+    try:
+        code = main(["serve", "--zone", zones[0], *options])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert said.count("\n") == 1
 
 
 def test_what_a_store_is_with_and_without_a_server(

@@ -1,28 +1,51 @@
 """A server for the tests of the specification, over each kind of volume."""
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import certificates
 from tests.support.nbd_client import NbdClient
 from tests.support.our_server import KINDS, serve
 from tests.support.serving import MIB, Disk, Served, serve_peer
 
 PEERS = ("nbdkit", "qemu-nbd")
 DEFAULT_KINDS = tuple(KINDS)
+TLS = "memory-tls"
+TLS_MODULES = (
+    "test_read",
+    "test_write",
+    "test_requests",
+    "test_close",
+    "test_model",
+    "test_size_limits",
+    "test_handshake_walk",
+)
+"""Run over TLS too, because what they do depends on how bytes come and go; the others with --volume-kind memory-tls."""
 HANDSHAKE_SECONDS = 300.0
 """Longer than the client's patience: where a test waits for a close, the deadline must not be what closes."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "volume_kind" in metafunc.fixturenames:
-        metafunc.parametrize("volume_kind", metafunc.config.getoption("--volume-kind") or DEFAULT_KINDS)
+        kinds = (*DEFAULT_KINDS, TLS) if metafunc.module.__name__.endswith(TLS_MODULES) else DEFAULT_KINDS
+        metafunc.parametrize("volume_kind", metafunc.config.getoption("--volume-kind") or kinds)
+
+
+@asynccontextmanager
+async def serving_tls(disks: list[Disk], directory: Path) -> AsyncIterator[Served]:
+    """Our server, and clients that use TLS from the beginning."""
+    async with serve(disks, directory, tls=certificates().server(), handshake_seconds=HANDSHAKE_SECONDS) as served:
+        served.tls = certificates().client()
+        yield served
 
 
 def serving(kind: str, disks: list[Disk], directory: Path) -> AbstractAsyncContextManager[Served]:
     """A server of a kind; foreign ones have one plain disk only."""
+    if kind == TLS:
+        return serving_tls(disks, directory)
     if kind not in PEERS:
         return serve(disks, directory, kind=kind, handshake_seconds=HANDSHAKE_SECONDS)
     if len(disks) > 1:

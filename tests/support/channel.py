@@ -5,7 +5,9 @@ PATIENCE_SECONDS, with the name of what did not come.
 """
 
 import asyncio
+import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +35,11 @@ class Channel:
         self.socket = sock
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
+        self._tls: ssl.SSLObject | None = None
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self.close_notify = False
+        """TLS has ended in order."""
 
     @classmethod
     async def connect(cls, address: str, *, receive_buffer_bytes: int | None = None) -> Self:
@@ -75,7 +82,7 @@ class Channel:
         try:
             async with self._patience("room to send"):
                 for part in parts:
-                    await self._loop.sock_sendall(self.socket, part)
+                    await self._loop.sock_sendall(self.socket, self._sealed(part))
         except ConnectionError as error:
             raise Disconnected(b"", reset=True) from error
 
@@ -87,9 +94,56 @@ class Channel:
 
     async def _fill(self) -> bool:
         """Receive once; False at the end of the stream."""
+        if self.close_notify:
+            return False
         piece = await self._loop.sock_recv(self.socket, RECEIVE_BYTES)
-        self._received += piece
+        if self._tls is None:
+            self._received += piece
+        elif piece:
+            self._incoming.write(piece)
+            self._open(self._tls)
         return bool(piece)
+
+    def _sealed(self, data: Payload) -> Payload:
+        """What goes out for these bytes."""
+        if self._tls is None or not data:
+            return data
+        self._tls.write(data)
+        return self._outgoing.read()
+
+    def _open(self, tls: ssl.SSLObject) -> None:
+        """Decrypt what is there in whole records."""
+        try:
+            while opened := tls.read(RECEIVE_BYTES):
+                self._received += opened
+            self.close_notify = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.close_notify = True
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """TLS from here on, as the client of it. ssl.SSLError, Disconnected."""
+        assert not self._received
+        tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+        async with self._patience("a TLS handshake"):
+            while True:
+                try:
+                    tls.do_handshake()
+                except ssl.SSLWantReadError:
+                    await self._loop.sock_sendall(self.socket, self._outgoing.read())
+                    piece = await self._loop.sock_recv(self.socket, RECEIVE_BYTES)
+                    if not piece:
+                        raise Disconnected(b"", reset=False) from None
+                    self._incoming.write(piece)
+                else:
+                    break
+            await self._loop.sock_sendall(self.socket, self._outgoing.read())
+        self._tls = tls
+
+    async def send_plain(self, data: Payload) -> None:
+        """Past TLS."""
+        await self._loop.sock_sendall(self.socket, data)
 
     async def receive(self, count: int, what: str = "bytes") -> bytes:
         """Exactly `count` bytes, or raise Disconnected."""
@@ -140,6 +194,14 @@ class Channel:
         assert not reset, "the connection was reset"
 
     def half_close(self) -> None:
+        if self._tls is not None:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self._tls.unwrap()
+            self.socket.send(self._outgoing.read())
+        self.half_close_tcp()
+
+    def half_close_tcp(self) -> None:
+        """Without a close_notify where there is TLS."""
         self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:

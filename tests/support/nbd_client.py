@@ -6,6 +6,7 @@ the socket in channel.py. Works with any NBD server.
 
 import itertools
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -150,6 +151,13 @@ class NbdClient(Channel):
         """The option stream is where it should be: an unknown option gets its NBD_REP_ERR_UNSUP and nothing else."""
         replies = await self.option(0x7FFFFFF1, b"skip me")
         assert [reply.type for reply in replies] == [Rep.ERR_UNSUP]
+
+    async def secure(self, context: ssl.SSLContext) -> None:
+        """NBD_OPT_STARTTLS and what it promises."""
+        assert await self.final(Option.STARTTLS) == Rep.ACK
+        self.structured = self.extended = False
+        self.contexts = {}
+        await self.start_tls(context)
 
     async def structured_replies(self) -> None:
         assert await self.final(Option.STRUCTURED_REPLY) == Rep.ACK
@@ -390,13 +398,19 @@ class NbdClient(Channel):
 
 @asynccontextmanager
 async def connected(
-    address: str, *, flags: int | None = CLIENT_FLAGS, receive_buffer_bytes: int | None = None
+    address: str,
+    *,
+    flags: int | None = CLIENT_FLAGS,
+    receive_buffer_bytes: int | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[NbdClient]:
-    """A connection with the greeting behind it (flags None: nothing read or sent yet)."""
+    """A connection with the greeting behind it (flags None: nothing read or sent yet), and TLS if it shall have it."""
     client = await NbdClient.connect(address, receive_buffer_bytes=receive_buffer_bytes)
     try:
         if flags is not None:
             await client.greet(flags)
+            if tls is not None:
+                await client.secure(tls)
         yield client
     finally:
         client.close()
@@ -411,9 +425,10 @@ async def attached(
     extended: bool = False,
     contexts: Sequence[str] = (),
     receive_buffer_bytes: int | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[NbdClient]:
     """A connection in the transmission phase."""
-    async with connected(address, receive_buffer_bytes=receive_buffer_bytes) as client:
+    async with connected(address, receive_buffer_bytes=receive_buffer_bytes, tls=tls) as client:
         if extended:
             await client.extended_headers()
         elif structured:

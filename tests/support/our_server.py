@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdserver.server import Listener, Server, ServerSettings
+from nbdserver.tls import Tls
 from objstore.volume.base import Volume, VolumeSource
 from objstore.volume.memory import MemorySource, MemoryVolume
 from tests.support.scripted_volume import ScriptedVolume
@@ -46,10 +47,11 @@ async def serve_source(
     directory: Path,
     *,
     listen: Sequence[str] = ("unix",),
+    tls: Tls | None = None,
     **settings: Any,
 ) -> AsyncIterator[OurServed]:
     """Our server over a source of volumes. listen: "unix", "tcp", "tcp6"; the addresses come in the same order."""
-    server = Server(source, ServerSettings(**settings))
+    server = Server(source, ServerSettings(**settings), tls=tls)
     places = {"unix": f"unix://{directory / 'nbd.sock'}", "tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0"}
     await server.start([Listener.parse(places[one]) for one in listen])
     try:
@@ -65,6 +67,7 @@ async def serve(
     *,
     kind: str = "memory",
     listen: Sequence[str] = ("unix",),
+    tls: Tls | None = None,
     **settings: Any,
 ) -> AsyncIterator[OurServed]:
     """Our server over volumes of a kind; the first disk is the default export where there are several."""
@@ -72,7 +75,7 @@ async def serve(
         settings.setdefault("default_export", disks[0].name)
     async with (
         KINDS[kind](disks, directory) as source,
-        serve_source(source, disks, directory, listen=listen, **settings) as served,
+        serve_source(source, disks, directory, listen=listen, tls=tls, **settings) as served,
     ):
         yield served
 

@@ -6,6 +6,7 @@ The foreign ones (nbdkit, qemu-nbd) answer the question whether the specificatio
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class Served:
     addresses: list[str]
     disks: tuple[Disk, ...]
     knows_extended_headers: bool = field(default=True, kw_only=True)
+    tls: ssl.SSLContext | None = field(default=None, kw_only=True)
+    """For clients, if they use TLS from the beginning."""
 
     @property
     def address(self) -> str:
@@ -45,7 +48,7 @@ class Served:
     def connected(
         self, *, flags: int | None = CLIENT_FLAGS, receive_buffer_bytes: int | None = None
     ) -> AbstractAsyncContextManager[NbdClient]:
-        return connected(self.address, flags=flags, receive_buffer_bytes=receive_buffer_bytes)
+        return connected(self.address, flags=flags, receive_buffer_bytes=receive_buffer_bytes, tls=self.tls)
 
     def attached(
         self,
@@ -63,6 +66,7 @@ class Served:
             extended=extended,
             contexts=contexts,
             receive_buffer_bytes=receive_buffer_bytes,
+            tls=self.tls,
         )
 
     async def others_are_served(self) -> None:
