@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
+from nbdserver.cli_diff_arguments import add_diffs
 from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers
 from nbdserver.cli_server_arguments import add_client
 from objstore.errors import InvalidRequest
@@ -237,6 +238,7 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         _argument(_any_name),
         _argument(_rate),
     )
+    add_diffs(lambda command, what: commands.add_parser(command, help=what), _add_common, _add_force, _argument)
     for command, what, metavar, convert in (
         ("info", "show one VDI", "NAME", _name),
         ("delete", "delete a VDI, or a snapshot, and its data for good", "NAME[@TAG]", _any_name),

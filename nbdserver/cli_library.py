@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
+from nbdserver.cli_diff import diff
 from nbdserver.cli_jobs import allocate, job
 from nbdserver.cli_output import limits_text, print_json
 from nbdserver.cli_progress import progress
@@ -94,6 +95,7 @@ COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namesp
     "download": download,
     "upload": upload,
     "map": show_map,
+    "diff": diff,
     "allocate": allocate,
     "job": job,
 }

@@ -19,6 +19,7 @@ from objstore.access.api import (
     BODY_BYTES_MAX,
     DATA_BYTES_MAX,
     AttributeReply,
+    ChangeReply,
     ExtentReply,
     Handle,
     OpenHandle,
@@ -241,6 +242,19 @@ class Sessions:
         vdi.check_range(offset_bytes, length_bytes)
         found = await vdi.volume.extents(offset_bytes, length_bytes, extents_max=EXTENTS_MAX)
         return [ExtentReply(length_bytes=one.length_bytes, hole=one.hole, zero=one.zero) for one in found]
+
+    @operation("GET", "/v1/handles/{handle}/changes")
+    async def list_changes(self, handle: str, since: str, offset_bytes: int, length_bytes: int) -> list[ChangeReply]:
+        """What differs between another handle and this one, from the start of a range; may cover less than was asked
+        for, at least one byte."""
+        vdi, older = self._vdi(handle), self._vdi(since)
+        vdi.check_range(offset_bytes, length_bytes)
+        older.check_range(0, 0)
+        found = await vdi.volume.changed(older.volume, offset_bytes, length_bytes, extents_max=EXTENTS_MAX)
+        return [
+            ChangeReply(length_bytes=one.length_bytes, changed=one.changed, hole=one.hole, zero=one.zero)
+            for one in found
+        ]
 
 
 async def _may_go(vdi: LocalVdi, *, write: bool, length_bytes: int) -> None:

@@ -103,7 +103,13 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | {"nbdserver.metrics_http"}
     | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
-    "nbdserver.cli_arguments": {"nbdserver.cli_library_arguments", "nbdserver.cli_server_arguments"},
+    "nbdserver.cli_arguments": {
+        "nbdserver.cli_diff_arguments",
+        "nbdserver.cli_library_arguments",
+        "nbdserver.cli_server_arguments",
+    },
+    "nbdserver.cli_diff_arguments": set(),
+    "nbdserver.cli_diff": {"nbdserver.cli_output", "nbdserver.cli_progress", "objstore.access"},
     "nbdserver.cli_server_arguments": set(),
     "nbdserver.cli_clients": CONTROL | {"nbdserver.cli_output"},
     "nbdserver.cli_library_arguments": set(),
@@ -112,6 +118,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
         "nbdserver.cli_admin",
         "nbdserver.cli_output",
         "nbdserver.cli_progress",
+        "nbdserver.cli_diff",
         "nbdserver.cli_transfer",
         "nbdserver.cli_jobs",
         "objstore.access",

@@ -223,6 +223,15 @@ class ExtentReply(Struct, frozen=True, kw_only=True):
     zero: bool
 
 
+class ChangeReply(Struct, frozen=True, kw_only=True):
+    """See objstore.volume.base.Change."""
+
+    length_bytes: int
+    changed: bool
+    hole: bool
+    zero: bool
+
+
 class AttributeReply(Struct, frozen=True, kw_only=True):
     """An attribute of a VDI; its value is asked for by itself."""
 

@@ -20,7 +20,7 @@ from objstore.access.connection import Connection
 from objstore.access.file import VdiFile
 from objstore.access.handle import VdiHandle
 from objstore.access.transfer import Hole, Stream
-from objstore.volume.base import Extent
+from objstore.volume.base import Change, Extent
 from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.status import (
     JobStatus,
@@ -139,6 +139,10 @@ class BlockingVdi:
     def map(self, offset_bytes: int = 0, length_bytes: int = 0) -> Iterator[Extent]:
         """See VdiHandle."""
         return self._runner.each(self._vdi.map(offset_bytes, length_bytes))
+
+    def changes(self, since: "BlockingVdi", offset_bytes: int = 0, length_bytes: int = 0) -> Iterator[Change]:
+        """See VdiHandle."""
+        return self._runner.each(self._vdi.changes(since._vdi, offset_bytes, length_bytes))
 
     def write(self, offset_bytes: int, data: Buffer, *, writeback: bool | None = None) -> int:
         """See VdiHandle."""

@@ -1,14 +1,16 @@
 """An open VDI as the library's users see it; what is alike in this process and behind a server."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final, TypeVar
 
 from objstore.access import transfer
 from objstore.access.buffers import Buffer, cut, readable, writable
 from objstore.access.transfer import Hole, Stream
 from objstore.errors import Fenced, InvalidRequest, OutOfRange, ReadOnly
-from objstore.volume.base import Extent
+from objstore.volume.base import Change, Extent
+
+E = TypeVar("E", Extent, Change)
 
 MAP_EXTENTS_MAX: Final = 1 << 12
 """Extents that one question to the volume may bring."""
@@ -94,16 +96,34 @@ class VdiHandle(ABC):
     async def map(self, offset_bytes: int = 0, length_bytes: int = 0) -> AsyncIterator[Extent]:
         """What is data, hole and reserved zeros in a range (length 0 = to the end), ascending, neighbours of equal
         state joined."""
+        async for extent in self._described(offset_bytes, length_bytes, self._extents):
+            yield extent
+
+    async def changes(self, since: "VdiHandle", offset_bytes: int = 0, length_bytes: int = 0) -> AsyncIterator[Change]:
+        """What differs in a range (length 0 = to the end) between `since`, a handle of another VDI or snapshot of the
+        same connection, and this one: whole blocks of 4 KiB, never too few; ascending, neighbours of equal state
+        joined. It costs what the change costs. Bytes behind the end of `since` have changed where they are no hole. Of
+        a VDI that others write it is no one moment: compare snapshots. InvalidRequest: another connection's handle."""
+        since._check(0, 0)
+        async for change in self._described(
+            offset_bytes, length_bytes, lambda at, left: self._changed(since, at, left)
+        ):
+            yield change
+
+    async def _described(
+        self, offset_bytes: int, length_bytes: int, ask: Callable[[int, int], Awaitable[list[E]]]
+    ) -> AsyncIterator[E]:
+        """What `ask` says of a range, piece by piece, joined."""
         length_bytes = length_bytes or self.size_bytes - offset_bytes
         self._check(offset_bytes, length_bytes)
         at, end = offset_bytes, offset_bytes + length_bytes
-        last: Extent | None = None
+        last: E | None = None
         while at < end:
-            for extent in await self._extents(at, end - at):
+            for extent in await ask(at, end - at):
                 at += extent.length_bytes
                 if last is None:
                     last = extent
-                elif (last.hole, last.zero) == (extent.hole, extent.zero):
+                elif last[1:] == extent[1:]:
                     last = last._replace(length_bytes=last.length_bytes + extent.length_bytes)
                 else:
                     yield last
@@ -225,6 +245,10 @@ class VdiHandle(ABC):
     @abstractmethod
     async def _extents(self, offset: int, length: int) -> list[Extent]:
         """The state of the range from its start, at least one byte of it, at most MAP_EXTENTS_MAX extents."""
+
+    @abstractmethod
+    async def _changed(self, since: "VdiHandle", offset: int, length: int) -> list[Change]:
+        """The same for what differs from `since`."""
 
     @abstractmethod
     async def _close(self) -> None: ...

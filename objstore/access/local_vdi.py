@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from objstore.access.handle import MAP_EXTENTS_MAX, VdiHandle
-from objstore.errors import Fenced
-from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Volume
+from objstore.errors import Fenced, InvalidRequest
+from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Volume
 
 CALLS_AT_ONCE: Final = 32
 """Calls of one handle that may finish without waiting before the loop has a turn: a caller that never waits would keep
@@ -88,6 +88,13 @@ class LocalVdi(VdiHandle):
     async def _extents(self, offset: int, length: int) -> list[Extent]:
         self._check(0, 0)
         return await self.volume.extents(offset, length, extents_max=MAP_EXTENTS_MAX)
+
+    async def _changed(self, since: VdiHandle, offset: int, length: int) -> list[Change]:
+        self._check(0, 0)
+        since._check(0, 0)
+        if not isinstance(since, LocalVdi):
+            raise InvalidRequest(f"{since.name!r} is open through another connection than {self.name!r}")
+        return await self.volume.changed(since.volume, offset, length, extents_max=MAP_EXTENTS_MAX)
 
     async def fence(self, reason: str) -> None:
         """Close the handle under its user; every later call is Fenced with that reason."""

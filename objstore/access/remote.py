@@ -14,6 +14,7 @@ from yarl import URL
 from objstore.access.api import (
     DATA_BYTES_MAX,
     AttributeReply,
+    ChangeReply,
     Clone,
     Copies,
     CreateVdi,
@@ -36,9 +37,9 @@ from objstore.access.api import (
 )
 from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
-from objstore.errors import Stopping, StoreError, Unavailable
+from objstore.errors import InvalidRequest, Stopping, StoreError, Unavailable
 from objstore.names import check_attribute
-from objstore.volume.base import Extent
+from objstore.volume.base import Change, Extent
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
     JobStatus,
@@ -162,6 +163,7 @@ class RemoteVdi(VdiHandle):
         super().__init__(name, opened.size_bytes, opened.description, read_only=opened.read_only)
         self._connection = connection
         self._http = connection.http
+        self.handle = opened.handle
         self._path = f"/v1/handles/{opened.handle}"
 
     async def _read(self, offset: int, view: memoryview) -> None:
@@ -189,6 +191,13 @@ class RemoteVdi(VdiHandle):
         query = {"offset_bytes": offset, "length_bytes": length}
         found = await self._http.ask("GET", f"{self._path}/extents", list[ExtentReply], query=query)
         return [Extent(one.length_bytes, one.hole, one.zero) for one in found]
+
+    async def _changed(self, since: VdiHandle, offset: int, length: int) -> list[Change]:
+        if not isinstance(since, RemoteVdi) or since._connection is not self._connection:
+            raise InvalidRequest(f"{since.name!r} is open through another connection than {self.name!r}")
+        query: dict[str, int | str] = {"since": since.handle, "offset_bytes": offset, "length_bytes": length}
+        found = await self._http.ask("GET", f"{self._path}/changes", list[ChangeReply], query=query)
+        return [Change(one.length_bytes, one.changed, one.hole, one.zero) for one in found]
 
     async def _close(self) -> None:
         self._connection.handles.discard(self)

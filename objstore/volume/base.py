@@ -172,8 +172,8 @@ class Volume(Protocol):
     ) -> list[Change]:
         """What differs in the range between `since`, another volume of the same store, and this one; covers a first
         part of it, as `extents` does. Whole blocks of 4 KiB count: never too little, and data that collection has moved
-        is none of it. Bytes behind the end of `since` have changed where they are no hole. NotSupported: nobody knows.
-        """
+        is none of it. Bytes behind the end of `since` have changed where they are no hole. InvalidRequest: `since` is
+        another store's; NotSupported: nobody knows."""
         ...
 
     async def depths(

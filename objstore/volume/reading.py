@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from objstore.errors import Corrupt, InvalidRequest, NotSupported, OutOfRange, StoreError
+from objstore.errors import Corrupt, InvalidRequest, OutOfRange, StoreError
 from objstore.log.address import HOLE, RESERVED
 from objstore.log.changed import SAME, TO_HOLE, changed
 from objstore.log.regions import depths_of
@@ -131,7 +131,7 @@ class Reading:
         if not length_bytes or extents_max < 1:
             raise InvalidRequest("changes of nothing")
         if not isinstance(since, Reading) or since.view.env is not self.view.env:
-            raise NotSupported(f"{since.name} is no volume of the same store")
+            raise InvalidRequest(f"{since.name} is no volume of the same store")
         if since.closed is not None:
             raise since.closed
         first, count, _ = cover(offset_bytes, length_bytes)

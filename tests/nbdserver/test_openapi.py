@@ -59,6 +59,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "discard_range": {"handle": HANDLE, "body": {"offset_bytes": 0, "length_bytes": 8192}},
     "flush_handle": {"handle": HANDLE},
     "list_extents": {"handle": HANDLE, "offset_bytes": 0, "length_bytes": 8192},
+    "list_changes": {"handle": HANDLE, "since": HANDLE, "offset_bytes": 0, "length_bytes": 8192},
     "close_handle": {"handle": HANDLE},
 }
 """What each operation is called with: path and query parameters by name, and `body`."""

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from objstore.errors import Busy, Corrupt, InvalidRequest, NotSupported, OutOfRange, Stopping
+from objstore.errors import Busy, Corrupt, InvalidRequest, OutOfRange, Stopping
 from objstore.log.changed import DATA, SAME, TO_HOLE, TO_RESERVED, WORK_COMPARED, WORK_MAX, compare
 from objstore.log.regions import Region, compact, expand
 from objstore.units import BLOCK_BYTES, GIB, MIB, REGION_BLOCKS
@@ -373,7 +373,7 @@ async def test_a_map_page_that_is_lost_is_an_error_and_not_no_change(
 
 
 async def test_what_can_not_be_compared(world: World, disk: Vdi) -> None:
-    with pytest.raises(NotSupported, match="no volume of the same store"):
+    with pytest.raises(InvalidRequest, match="no volume of the same store"):
         await disk.changed(MemoryVolume("other", SIZE), 0, SIZE)
     await store_of(world).create_snapshot("disk", "a")
     old = await store_of(world).open("disk@a")
