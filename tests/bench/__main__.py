@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, faults, fio, library, lives, ours, report
+from tests.bench import copies, faults, fio, library, lives, metered, ours, report
 from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
@@ -42,6 +42,7 @@ P99_RATIO_MAX: Final = 3.0
 SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX = 0.7, 1.2
 RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
 LIBRARY_RATIO_MIN = 2.0
+METRICS_RATIO_MAX: Final = 1.03
 PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
 SNAPSHOT_RATIO_MAX, SNAPSHOT_SECONDS_MAX = 1.2, 0.05
 AFTER_SNAPSHOT_RATIO_MIN, CHAIN_RATIO_MIN = 0.9, 0.95
@@ -317,6 +318,30 @@ class Bench:
         self.singles.append(Single("many rss", text, "500 MiB", peak <= MANY_RSS_BYTES_MAX, asdict(result)))
         say(f"many rss: {text}")
 
+    def run_metrics(self) -> None:
+        port = metered.free_port()
+        servers = [
+            Server(
+                metered.kind(self.apart.kind, more),
+                self.data / name,
+                self.apart.socket.with_name(name),
+                self.apart.size_bytes,
+            )
+            for name, more in (("plain", []), ("metered", ["--metrics", f"tcp://127.0.0.1:{port}"]))
+        ]
+        try:
+            result = metered.compare(servers[0], servers[1], port, self.options.rounds, self.options.seconds)
+        finally:
+            for server in servers:
+                server.stop()
+        for load in result.plain:
+            values = [_spread(each[load], 1e9) for each in (result.metered, result.plain)]
+            text = f"{values[0]} ns of processor time for a request, {values[1]} without"
+            self.singles.append(Single(f"metrics {load}", text, "", None, {"ratio": result.ratio(load)}))
+            say(f"metrics {load}: {text}")
+        text = f"{result.mean_ratio:.3f} times the processor time for a request"
+        self._ratio("metrics", text, result.mean_ratio, METRICS_RATIO_MAX, most=True, data=asdict(result))
+
     def run(self, names: Sequence[str]) -> None:
         wanted = set(names) | (set(CPU_CASES) if CPU in names else set())
         loads = [case for case in FIO_CASES if case.name in wanted]
@@ -351,6 +376,7 @@ class Bench:
                 "degraded": self.run_degraded,
                 "pause": self.run_pause,
                 "library": self.run_library,
+                "metrics": self.run_metrics,
                 "snapshot": self.run_snapshot,
                 "clone-chain": self.run_chain,
                 "discard": self.run_discard,

@@ -4,13 +4,14 @@ import http.client
 import socket
 import statistics
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from tests.bench import fio
 from tests.bench.cases import CPU_CASES, FIO_CASES
 from tests.bench.ours import FILL
-from tests.bench.servers import Server
+from tests.bench.servers import Kind, Server
 
 SCRAPE_SECONDS: Final = 1.0
 """Prometheus asks every 15 to 60 s by default."""
@@ -52,6 +53,17 @@ class _Scraper(threading.Thread):
         self.join()
 
 
+def kind(of: Kind, options: list[str]) -> Kind:
+    """The same server with more options, and without busy polling: that takes whatever time is left."""
+
+    def command(data: Path, sock: Path, size: int) -> list[str]:
+        config = sock.with_suffix(".toml")
+        config.write_text("[server]\nbusy_poll_seconds = 0.0\n")
+        return [*of.command(data, sock, size), "--config", str(config), *options]
+
+    return replace(of, command=command)
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on just now."""
     with socket.socket() as sock:
@@ -74,8 +86,9 @@ def compare(plain: Server, metered: Server, port: int, rounds: int, seconds: flo
         for load in CPU_CASES:
             case = next(case for case in FIO_CASES if case.name == load)
             for server in servers if round_number % 2 else servers[::-1]:
-                server.flush()
-                server.rest()
+                if case.writes:
+                    server.flush()
+                    server.rest()
                 point = fio.run_case(server, case, seconds)
                 row = result.plain if server is plain else result.metered
                 row[load].append(point.cpu_seconds_per_request)
