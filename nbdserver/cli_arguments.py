@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from nbdserver.cli_diff_arguments import add_diffs
 from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers
-from nbdserver.cli_server_arguments import add_client
+from nbdserver.cli_server_arguments import add_client, add_top
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
 from objstore.units import check_vdi_bytes, parse_size
@@ -67,6 +67,7 @@ def build_parser() -> Parser:
         _add_common,
     )
     _add_common(commands.add_parser("reload", help="have the running server read its configuration again"))
+    add_top(commands.add_parser("top", help="show what VDIs, clients and zones of a running server do"), _add_common)
     zone = commands.add_parser("zone", help="list, add, drain, remove and replace zones")
     _add_zone_commands(zone.add_subparsers(dest="zone_command", metavar="COMMAND", required=True))
     status = commands.add_parser("status", help="show the health of a store and its zones")
@@ -176,6 +177,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--swap", action="store_true", help="keep all memory, for clients that swap to a disk of this server"
     )
     parser.add_argument("--metrics", metavar="URL", help="tcp://HOST:PORT where Prometheus may ask (default: nowhere)")
+    parser.add_argument(
+        "--log-format",
+        choices=("auto", "text", "json", "journal"),
+        help="how log records look (default: journal fields if stderr is connected to the journal, else text)",
+    )
     parser.add_argument("--verbose", "-v", action="store_true", help="log connections and store events to stderr")
 
 

@@ -60,7 +60,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from nbdserver import service
     from nbdserver.cli_progress import progress
 
-    _log(logging.INFO if arguments.verbose else logging.WARNING)
+    _log(logging.INFO if arguments.verbose else logging.WARNING, plan.log_format)
     with ExitStack() as opening:
         opening.enter_context(progress("opening the store"))
         service.run(
@@ -90,6 +90,7 @@ def _plan(arguments: argparse.Namespace) -> "ServePlan":
         default=arguments.default or config.default,
         control=arguments.control or config.control,
         metrics=arguments.metrics or config.metrics,
+        log_format=arguments.log_format or config.log_format,
         store=config.store,
         server=replace(config.server, list_snapshots=True) if arguments.list_snapshots else config.server,
         force=arguments.force_open,
@@ -131,8 +132,10 @@ def _announce(ready: "Ready", as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _log(level: int) -> None:
-    logging.basicConfig(level=level, format="sheepfold: %(levelname)s: %(message)s")
+def _log(level: int, kind: str = "text") -> None:
+    from nbdserver.logs import configure
+
+    configure(kind, level)
 
 
 def administer(arguments: argparse.Namespace) -> None:
@@ -160,6 +163,13 @@ def administer(arguments: argparse.Namespace) -> None:
 
         with open_server(zones) as server:
             client(server, arguments)
+        return
+    if arguments.command == "top":
+        from nbdserver.cli_admin import open_server
+        from nbdserver.cli_top import top
+
+        with open_server(zones) as server:
+            top(server, arguments)
         return
     if arguments.command == "reload":
         from nbdserver.cli_admin import open_server

@@ -2,8 +2,12 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Final
 
 Add = Callable[[argparse.ArgumentParser], None]
+
+INTERVAL_SECONDS_MIN: Final = 0.2
+INTERVAL_SECONDS_MAX: Final = 3600.0
 
 
 def add_client(commands: argparse.ArgumentParser, common: Add) -> None:
@@ -20,3 +24,21 @@ def add_client(commands: argparse.ArgumentParser, common: Add) -> None:
     unfence = kinds.add_parser("unfence", help="let a fenced client in again")
     unfence.add_argument("client", metavar="CLIENT", help="as `client list` shows it")
     common(unfence)
+
+
+def add_top(parser: argparse.ArgumentParser, common: Add) -> None:
+    """`top`."""
+    parser.add_argument("--once", action="store_true", help="one look, over one interval, instead of a live view")
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=_interval, default=2.0, help="between two looks (default: 2)"
+    )
+    common(parser)
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not INTERVAL_SECONDS_MIN <= seconds <= INTERVAL_SECONDS_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is out of range: {INTERVAL_SECONDS_MIN} to {INTERVAL_SECONDS_MAX:.0f} seconds are possible"
+        )
+    return seconds

@@ -12,6 +12,7 @@ from nbdserver.exports import Exports
 from nbdserver.identity import Fences
 from nbdserver.meters import Counts, Meters
 from nbdserver.settings import ServerSettings
+from nbdserver.slow import SlowLog
 from nbdserver.tls import Tls
 from nbdserver.transmission import RECEIVE_BYTES
 
@@ -37,6 +38,7 @@ class Common:
         self.complain = Complaints(log)
         self.fences = Fences()
         self.counts = Counts()
+        self.slow = SlowLog(self.counts)
         self.meters: Meters | None = None
         """Set before the first connection: requests are counted for each export."""
         self.numbers = itertools.count(1)

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -55,6 +55,7 @@ class _TopLevel:
     default: str | None = None
     control: str | None = None
     metrics: str | None = None
+    log_format: Literal["auto", "text", "json", "journal"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Config:
     default: str | None = None
     control: Path | None = None
     metrics: str | None = None
+    log_format: str = "auto"
     vdi: Mapping[str, VdiConfig] = field(default_factory=dict)
     store: StoreSettings = field(default_factory=StoreSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -82,6 +84,7 @@ SERVER_BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "requests_in_flight_max": (1, 4096),
     "buffer_bytes_max": (128 * MIB, 64 * GIB),
     "stall_seconds": (1.0, 600.0),
+    "slow_request_seconds": (0.0, 600.0),
     "stop_seconds": (0.0, 600.0),
     "busy_poll_seconds": (0.0, 0.01),
 }
@@ -125,6 +128,7 @@ def parse(document: Mapping[str, Any], directory: Path) -> Config:
         default=top.default,
         control=directory / top.control if top.control is not None else None,
         metrics=top.metrics,
+        log_format=top.log_format,
         vdi=vdis,
         store=_convert(_table(document, "store"), StoreSettings, "store", _keys(StoreSettings)),
         server=_server_settings(_table(document, "server")),

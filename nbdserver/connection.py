@@ -37,6 +37,7 @@ from nbdserver.identity import Peer
 from nbdserver.meters import Meter
 from nbdserver.sending import Sender
 from nbdserver.settings import ServerSettings
+from nbdserver.slow import SlowWatch
 from nbdserver.tls import certificate_names, distinguished_name
 from nbdserver.tls_stream import TlsStream
 from nbdserver.transmission import Transmission
@@ -87,6 +88,7 @@ class Connection:
         self._transmission: Transmission | None = None
         self._dispatch: Dispatch | None = None
         self._meter: Meter | None = None
+        self._slow: SlowWatch | None = None
         self._hang_up = select.poll()
         self._hang_up.register(sock.fileno(), HUNG_UP)
         self._readable = select.poll()
@@ -152,6 +154,8 @@ class Connection:
     def reconfigure(self, settings: ServerSettings) -> None:
         """These limits from now on."""
         self._settings = settings
+        if self._slow is not None:
+            self._slow.limit_seconds = settings.slow_request_seconds
 
     def stop(self) -> None:
         """Read nothing more; take the complete requests that have been received, as soon as they may be in flight, and
@@ -352,6 +356,7 @@ class Connection:
         agreement = self._handshake.agreement
         style = replies.style(structured=agreement.structured, extended=agreement.extended)
         common = self._common
+        self._slow = SlowWatch(common.slow, self.export or "", self.peer, self._settings.slow_request_seconds)
         if common.meters is not None:
             self._meter = common.meters.take(self.export or "")
         self._dispatch = Dispatch(
@@ -363,6 +368,7 @@ class Connection:
             extended=agreement.extended,
             contexts=[(number, query_of(context, self._snapshots)) for number, context in agreement.contexts],
             meter=self._meter,
+            slow=self._slow,
         )
         self._transmission = Transmission(
             common.receive_buffer,

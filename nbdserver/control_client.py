@@ -84,8 +84,8 @@ class ControlClient:
         """Idempotent."""
         self._connection.close()
 
-    def status(self) -> Status:
-        return self._ask("GET", "/v1/status", Status)
+    def status(self, *, thorough: bool = True) -> Status:
+        return self._ask("GET", "/v1/status" if thorough else "/v1/status?thorough=false", Status)
 
     def info(self) -> StoreInfo:
         return self._ask("GET", "/v1/store", StoreInfo)

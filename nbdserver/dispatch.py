@@ -20,11 +20,13 @@ from nbdserver.chunks import SPARSE_BYTES_MIN, damaged, sparse
 from nbdserver.complaints import Complaints
 from nbdserver.exports import STATUS_EXTENTS_MAX, ExtentQuery
 from nbdserver.meters import Meter
+from nbdserver.slow import SlowWatch
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
 from nbdserver.wire.constants import Command, CommandFlag, ErrorValue, OptionReply
 from nbdserver.wire.requests import decode_status_payload
 from objstore import errors
+from objstore.stages import stage
 from objstore.units import KIB
 from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Limiter, Volume, VolumeSource
 
@@ -158,8 +160,8 @@ class Dispatch:
     """The requests of one connection.
 
     area: REPLY_AREA_BYTES, shared by all connections of the loop; only `run` writes into it, and `run` does not wait.
-    contexts: id of each selected metadata context, and what answers for it. meter: counts what is done; None = nobody
-    does.
+    contexts: id of each selected metadata context, and what answers for it. meter: counts what is done; slow: looks
+    for slow requests; None = nobody does.
     Every attribute is changed in the event loop only; tasks own their buffers until they end.
     """
 
@@ -174,6 +176,7 @@ class Dispatch:
         extended: bool,
         contexts: Sequence[tuple[int, ExtentQuery]] = (),
         meter: Meter | None = None,
+        slow: SlowWatch | None = None,
     ) -> None:
         self.held_bytes = 0
         """Data of the requests that tasks are working on."""
@@ -189,6 +192,7 @@ class Dispatch:
         self._extended = extended
         self._contexts = dict(contexts)
         self._meter = meter
+        self._slow = slow
         self._began = 0
         """When the batch at hand was taken (perf_counter_ns)."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -438,10 +442,13 @@ class Dispatch:
         """Do one request that may wait, and queue its reply. began: when it was taken."""
         command, _, cookie, offset, length, payload, buffer = request
         done_bytes = 0
+        stages = None if self._slow is None else self._slow.begin()
         try:
             if limiter is not None:
                 write, bytes_count = LIMITED[command]
-                if not await limiter.wait(self, write=write, length_bytes=length if bytes_count else 0):
+                with stage("limit"):
+                    goes = await limiter.wait(self, write=write, length_bytes=length if bytes_count else 0)
+                if not goes:
                     self._outbox.finish()
                     return
             await _PERFORM[command](self, request)
@@ -450,6 +457,8 @@ class Dispatch:
             self._fail(error, command, cookie, offset)
         finally:
             self._count(command, done_bytes, began)
+            if self._slow is not None and stages is not None:
+                self._slow.end(command, offset, length, began, stages)
             if buffer is not None:
                 self._pool.release(buffer)
             if copied_bytes:
@@ -490,6 +499,7 @@ class Dispatch:
 
     async def _flush(self, group: "FlushGroup") -> None:
         """Do one flush and answer everyone who shares it."""
+        stages = None if self._slow is None else self._slow.begin()
         try:
             await self._volume.flush()
         except Exception as error:  # noqa: BLE001 - whatever it is, each of them gets its reply
@@ -501,6 +511,8 @@ class Dispatch:
         finally:
             for _, _, began in group.waiting:
                 self._count(Command.FLUSH, 0, began)
+            if self._slow is not None and stages is not None:
+                self._slow.end(Command.FLUSH, 0, 0, group.waiting[0][2], stages)
             if self._flush_group is group:
                 self._flush_group = None
 
@@ -560,7 +572,8 @@ class Dispatch:
         if not length:
             self._done(cookie, offset)
             return
-        buffer: Buffer | None = await self._pool.acquire(length)
+        with stage("memory"):
+            buffer: Buffer | None = await self._pool.acquire(length)
         assert buffer is not None
         whole = bool(flags & CommandFlag.DF) or not self._replies.chunked
         into = buffer.data[:length]

@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from nbdserver.flusher import lock_memory, mark_as_flusher
 from nbdserver.handshake import TlsMode
 from nbdserver.heartbeat import Heartbeat, Progress
 from nbdserver.listening import Listener
+from nbdserver.logs import FORMATS
 from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
 from nbdserver.server import Server, ServerSettings
 from nbdserver.systemd import HandedSocket, handed_sockets, notify, reloading
@@ -52,7 +52,7 @@ GC_THRESHOLD: Final = 50_000
 VSOCK_LOOPBACK_CID: Final = 1
 """VMADDR_CID_LOCAL (vsock(7)), which the socket module does not name."""
 RELOAD_SIGNAL: Final = signal.SIGHUP
-NEEDING_RESTART: Final = ("zones", "listen", "control", "metrics", "store", "swap")
+NEEDING_RESTART: Final = ("zones", "listen", "control", "metrics", "log_format", "store", "swap")
 """Fields of a plan that a reload does not change."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 CONTROL_NAME: Final = "control"
@@ -71,6 +71,7 @@ class ServePlan:
     control: Path | None = None
     metrics: str | None = None
     """Where to answer scrapes; None = nowhere."""
+    log_format: str = FORMATS[0]
     store: StoreSettings = field(default_factory=StoreSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     force: bool = False
@@ -267,7 +268,7 @@ class Reloader:
 
 
 def _warn(message: str) -> None:
-    print("sheepfold: warning:", message, file=sys.stderr)
+    LOG.warning("%s", message)
 
 
 def exposed(listener: Listener) -> bool:

@@ -29,6 +29,8 @@ class ServerSettings:
     """Buffers for long payloads and replies, all connections together."""
     stall_seconds: float = 10.0
     """A connection that moves no byte for so long while it holds buffers that others wait for is closed."""
+    slow_request_seconds: float = 1.0
+    """Requests that took longer are logged with where their time went; 0 = none."""
     linger_seconds: float = 1.0
     stop_seconds: float = 30.0
     """How long a stop waits for requests in flight and for clients to take their replies."""

@@ -13,6 +13,7 @@ BASE = {
     "objstore.errors",
     "objstore.units",
     "objstore.clock",
+    "objstore.stages",
     "objstore.access.api",
     "objstore.names",
     "objstore.version",
@@ -23,7 +24,7 @@ BASE = {
 WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
 TLS = {"nbdserver.tls", "nbdserver.tls_stream"}
-IDENTITY = {"nbdserver.identity", "nbdserver.meters"}
+IDENTITY = {"nbdserver.identity", "nbdserver.meters", "nbdserver.slow"}
 CONNECTION = {
     "nbdserver.exports",
     "nbdserver.dispatch",
@@ -59,6 +60,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.identity": set(),
     "nbdserver.http_log": set(),
     "nbdserver.meters": WIRE,
+    "nbdserver.slow": {"nbdserver.complaints", "nbdserver.meters"},
     "nbdserver.metrics": WIRE | {"nbdserver.meters"},
     "nbdserver.metrics_http": {"nbdserver.http_log", "nbdserver.meters", "nbdserver.metrics"},
     "nbdserver.exports": WIRE,
@@ -67,7 +69,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.chunks": WIRE,
     "nbdserver.dispatch": WIRE
     | MACHINES
-    | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.complaints", "nbdserver.meters"},
+    | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.complaints", "nbdserver.meters", "nbdserver.slow"},
     "nbdserver.tls": {"nbdserver.handshake"},
     "nbdserver.tls_stream": set(),
     "nbdserver.tls_make": {"nbdserver.tls"},
@@ -100,7 +102,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.service": SERVER
     | CONTROL
     | {"nbdserver.flusher", "nbdserver.heartbeat", "nbdserver.tls", "nbdserver.handshake"}
-    | {"nbdserver.metrics_http"}
+    | {"nbdserver.metrics_http", "nbdserver.logs"}
     | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
     "nbdserver.cli_arguments": {
@@ -111,6 +113,8 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.cli_diff_arguments": set(),
     "nbdserver.cli_diff": {"nbdserver.cli_output", "nbdserver.cli_progress", "objstore.access"},
     "nbdserver.cli_server_arguments": set(),
+    "nbdserver.logs": set(),
+    "nbdserver.cli_top": CONTROL | {"nbdserver.cli_output"},
     "nbdserver.cli_clients": CONTROL | {"nbdserver.cli_output"},
     "nbdserver.cli_library_arguments": set(),
     "nbdserver.cli_library": CONTROL
@@ -150,6 +154,8 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
         "nbdserver.cli_library",
         "nbdserver.cli_snapshots",
         "nbdserver.cli_clients",
+        "nbdserver.cli_top",
+        "nbdserver.logs",
         "nbdserver.cli_progress",
     },
     "nbdserver.__main__": {"nbdserver.cli"},

@@ -10,6 +10,7 @@ from objstore.log.address import HOLE, RESERVED
 from objstore.log.changed import SAME, TO_HOLE, changed
 from objstore.log.regions import depths_of
 from objstore.log.view import MappedView
+from objstore.stages import stage
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
 from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Limiter, Volume
 
@@ -86,7 +87,7 @@ class Reading:
         return 0
 
     async def _read_blocks(self, first: int, count: int, into: memoryview) -> int:
-        with self._reading():
+        with self._reading(), stage("zone read"):
             return await self.view.read(first, count, into)
 
     @contextmanager

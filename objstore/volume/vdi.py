@@ -22,6 +22,7 @@ from objstore.log.collect import Collector
 from objstore.log.disk import Disk
 from objstore.log.keeper import Keeper
 from objstore.replica.zone import run
+from objstore.stages import StagedLock, stage
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK
 from objstore.volume.base import always
 from objstore.volume.opening import Placement
@@ -73,7 +74,7 @@ class Vdi(Reading):
         self._writer = disk.writer
         self._unsafe = mode == "unsafe"
         self._write_through = mode in ("writeback", "writethrough")
-        self._turn = asyncio.Lock()
+        self._turn = StagedLock("turn")
         disk.on_boundary = self._boundary
         disk.on_failed = self._failed
         keeper.on_progress = self.collector.poke
@@ -200,10 +201,11 @@ class Vdi(Reading):
     async def _merged(self, first: int, count: int, skip: int, data: memoryview) -> memoryview:
         """The whole blocks that a write of parts of them leaves; Corrupt if what is underneath can't be read."""
         whole = memoryview(bytearray(count << BLOCK_SHIFT))
-        if skip:
-            await self.disk.read(first, 1, whole[:BLOCK_BYTES])
-        if (skip + len(data)) & BLOCK_MASK and (count > 1 or not skip):
-            await self.disk.read(first + count - 1, 1, whole[-BLOCK_BYTES:])
+        with stage("zone read"):
+            if skip:
+                await self.disk.read(first, 1, whole[:BLOCK_BYTES])
+            if (skip + len(data)) & BLOCK_MASK and (count > 1 or not skip):
+                await self.disk.read(first + count - 1, 1, whole[-BLOCK_BYTES:])
         whole[skip : skip + len(data)] = data
         return whole
 
@@ -215,29 +217,34 @@ class Vdi(Reading):
         """
         disk, writer = self.disk, self._writer
         await self._admit()
-        for first, count, what in pieces:
-            if isinstance(what, memoryview):
-                await self.keeper.map_room(partial(disk.map.grows, first, count))
-        await self.collector.room()
+        with stage("map"):
+            for first, count, what in pieces:
+                if isinstance(what, memoryview):
+                    await self.keeper.map_room(partial(disk.map.grows, first, count))
+        with stage("space"):
+            await self.collector.room()
         whole = list(pieces)
         begun = False
         reclaims = 0
         try:
             while pieces:
                 first, count, what = pieces[0]
-                await disk.load_edges(first, count)
+                with stage("map"):
+                    await disk.load_edges(first, count)
                 blocks = count if isinstance(what, memoryview) else 0
                 room = 0 if blocks and writer.scarce else writer.room(blocks)
                 if not room:
                     try:
-                        await writer.make_room(self._reserve() if blocks else 0)
+                        with stage("log append"):
+                            await writer.make_room(self._reserve() if blocks else 0)
                     except NoSpace:
                         disk.forget_parts()
                         pieces[:] = whole
                         begun = False
                         reclaims += 1
-                        if reclaims > RECLAIMS_MAX or not await self.collector.reclaim():
-                            raise
+                        with stage("space"):
+                            if reclaims > RECLAIMS_MAX or not await self.collector.reclaim():
+                                raise
                     continue
                 if not begun and not alive():
                     raise InvalidRequest("the connection that asked for this is gone")
@@ -277,8 +284,9 @@ class Vdi(Reading):
     async def _admit(self) -> None:
         """Wait while dirty data stands at its limit."""
         env, writer = self._env, self._writer
-        while env.dirty_bytes >= env.dirty_bytes_max and writer.error is None:
-            await env.dirty_room()
+        with stage("dirty limit"):
+            while env.dirty_bytes >= env.dirty_bytes_max and writer.error is None:
+                await env.dirty_room()
         if writer.error is not None:
             raise writer.error
         if self.closed is not None:
@@ -384,7 +392,8 @@ class Vdi(Reading):
     async def _durable(self, position: int, *, fua: bool) -> None:
         if self._unsafe:
             return
-        await self._writer.flush(position)
+        with stage("sync"):
+            await self._writer.flush(position)
         if fua:
             self._flushed()
 
@@ -404,7 +413,8 @@ class Vdi(Reading):
         if self.closed is not None:
             raise self.closed
         if not self._unsafe:
-            await self._writer.flush()
+            with stage("sync"):
+                await self._writer.flush()
         self._flushed()
 
     def _flushed(self) -> None:

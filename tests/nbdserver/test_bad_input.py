@@ -51,7 +51,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
     except SystemExit as exit_:
         code = exit_.code
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.split("\n") if not line.startswith("sheepfold: warning: ")]
+    lines = [line for line in captured.err.split("\n") if not line.startswith("sheepfold: WARNING: ")]
     assert captured.out == ""
     assert lines[0].startswith("sheepfold: error: ")
     assert lines[1:] == [""]
