@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from nbdserver.attach.errors import AttachError
 from nbdserver.cli_arguments import EXIT_USAGE, build_parser
 from objstore import errors
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except errors.StoreError as error:
         return _fail(str(error), exit_code(error))
+    except AttachError as error:
+        return _fail(str(error), error.code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
         return EXIT_CODES[errors.StoreError]

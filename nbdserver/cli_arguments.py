@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
+from nbdserver.attach.command import add_attach, add_detach
 from nbdserver.cli_diff_arguments import add_diffs
 from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers
 from nbdserver.cli_server_arguments import add_client, add_top
@@ -79,6 +80,8 @@ def build_parser() -> Parser:
     )
     _add_common(info)
     _add_force(info)
+    add_attach(commands.add_parser("attach", help="make an export /dev/nbdN of this machine, and keep it attached"))
+    add_detach(commands.add_parser("detach", help="flush and detach /dev/nbdN"))
     check = commands.add_parser("check", help="check a store that no server has open, without changing it")
     _add_common(check)
     check.add_argument(

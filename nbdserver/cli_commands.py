@@ -35,6 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         from nbdserver.cli_tls import make
 
         make(arguments)
+    elif arguments.command in ("attach", "detach"):
+        from nbdserver.attach.command import attach, detach
+
+        return (attach if arguments.command == "attach" else detach)(arguments)
     elif arguments.command == "check":
         from nbdserver.cli_check import check
 

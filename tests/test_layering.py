@@ -1,6 +1,7 @@
 """Imports point one way: from the command line down to backends and bytes."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,8 +105,10 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | {"nbdserver.flusher", "nbdserver.heartbeat", "nbdserver.tls", "nbdserver.handshake"}
     | {"nbdserver.metrics_http", "nbdserver.logs"}
     | {"objstore.volume.directories", "objstore.volume.store"},
-    "nbdserver.cli": {"nbdserver.cli_arguments", "nbdserver.cli_commands"},
+    "nbdserver.attach": set(),
+    "nbdserver.cli": {"nbdserver.attach", "nbdserver.cli_arguments", "nbdserver.cli_commands"},
     "nbdserver.cli_arguments": {
+        "nbdserver.attach",
         "nbdserver.cli_diff_arguments",
         "nbdserver.cli_library_arguments",
         "nbdserver.cli_server_arguments",
@@ -143,6 +146,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.cli_check": {"nbdserver.cli_progress", "nbdserver.cli_output", "objstore.check"},
     "nbdserver.cli_commands": SERVER
     | {
+        "nbdserver.attach",
         "nbdserver.service",
         "nbdserver.tls",
         "nbdserver.cli_tls",
@@ -235,6 +239,14 @@ def test_the_check_is_a_reader_of_its_own(name: str) -> None:
 def test_only_the_command_line_imports_the_check(name: str) -> None:
     used = {target for target in imports(name) if target.startswith("objstore.check")}
     assert not used or name == "nbdserver.cli_check", f"{name} imports {used}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("nbdserver.attach")])
+def test_attach_needs_the_standard_library_only(name: str) -> None:
+    """It runs in an initramfs, where nothing else is."""
+    for target in imports(name):
+        standard = target.split(".")[0] in sys.stdlib_module_names
+        assert standard or target.startswith("nbdserver.attach"), f"{name} imports {target}"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(NO_IO)])

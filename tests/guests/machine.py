@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,11 +23,12 @@ HOST: Final = "10.0.2.2"
 SECONDS_MAX: Final = 240.0
 MODULES: Final = ("virtio_pci", "virtio_net", "virtio_blk", "ext4", "nbd")
 DONE: Final = "guest: done"
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
 _LIBRARY: Final = re.compile(r"(?:=> )?(/\S+) \(0x")
 
 _INIT: Final = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
-export PATH=/sbin:/bin
+export PATH=/sbin:/bin PYTHONPATH=/lib/ours PYTHONDONTWRITEBYTECODE=1
 mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /dev
 for module in {modules}; do modprobe $module || echo "guest: no module $module"; done
 ifconfig lo 127.0.0.1 up
@@ -72,6 +73,33 @@ def _add_program(program: str, root: Path) -> None:
         _copy(Path(library), root)
 
 
+_NEEDED: Final = """
+import sys
+sys.path.insert(0, {root!r})
+import runpy, {modules}
+print(*sorted({{module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)}}), sep="\\n")
+"""
+
+
+def _add_python(modules: Sequence[str], root: Path) -> None:
+    """Debian's interpreter, and what these modules of ours need of its library, all at the same paths as here."""
+    interpreter = Path(find("python3")).resolve()
+    program = _NEEDED.format(root=str(REPOSITORY), modules=", ".join(modules))
+    used = [Path(line) for line in _output(interpreter, "-S", "-E", "-B", "-c", program).splitlines()]
+    whole = {path.parent for path in used if path.parent.name in ("encodings", "importlib")}
+    for path in [interpreter, *used, *(path for folder in whole for path in folder.glob("*.py"))]:
+        if REPOSITORY in path.parents:
+            target = root / "lib/ours" / path.relative_to(REPOSITORY)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+            continue
+        _copy(path, root)
+        if path == interpreter or path.suffix == ".so":
+            for library in _LIBRARY.findall(_output("ldd", path)):
+                _copy(Path(library), root)
+    (root / "bin/python3").symlink_to(interpreter)
+
+
 def _add_modules(version: str, root: Path) -> None:
     needed: dict[Path, None] = {}
     for module in MODULES:
@@ -93,7 +121,8 @@ class Machine:
     """One boot.
 
     directory: where its files are made. programs: what the script needs besides busybox; those that busybox has as well
-    are called by their path, /sbin/NAME. drives: values of qemu's -drive.
+    are called by their path, /sbin/NAME. drives: values of qemu's -drive. python: modules of ours that it can run, on
+    the standard library.
     """
 
     def __init__(
@@ -103,7 +132,10 @@ class Machine:
         *,
         programs: Sequence[str] = (),
         drives: Sequence[str] = (),
+        python: Sequence[str] = (),
+        more: Sequence[str] = (),
     ) -> None:
+        """more: further arguments of qemu."""
         self.kernel, version = _kernel()
         qemu = find("qemu-system-x86_64")
         root = directory / "root"
@@ -113,6 +145,8 @@ class Machine:
         shutil.copy(find("busybox"), root / "bin/busybox")
         for program in programs:
             _add_program(program, root)
+        if python:
+            _add_python(python, root)
         _add_modules(version, root)
         (root / "init").write_text(_INIT.format(modules=" ".join(MODULES), done=DONE))
         (root / "init").chmod(0o755)
@@ -138,9 +172,14 @@ class Machine:
         ]
         for drive in drives:
             self._command += ["-drive", drive]
+        self._command += more
 
-    async def run(self) -> str:
-        """Boot, run the script; what the guest printed. The script must have ended well."""
+    async def run(self, when: Mapping[str, Callable[[], Awaitable[None]]] | None = None) -> str:
+        """Boot, run the script; what the guest printed. The script must have ended well.
+
+        when: what is done here as soon as the guest has printed such a line, once each.
+        """
+        waiting = dict(when or {})
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -154,6 +193,8 @@ class Machine:
                 async with asyncio.timeout(SECONDS_MAX):
                     while piece := await process.stdout.read(1 << 16):
                         said += piece
+                        for line in [line for line in waiting if line.encode() in said.splitlines()]:
+                            await waiting.pop(line)()
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
