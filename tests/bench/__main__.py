@@ -23,8 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, faults, fio, library, lives, metered, ours, report
-from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, FioCase
+from tests.bench import copies, faults, fio, library, lives, metered, ours, report, tls
+from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, TLS, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
 from tests.bench.sizes import size
@@ -43,6 +43,7 @@ SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX = 0.7, 1.2
 RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
 LIBRARY_RATIO_MIN = 2.0
 METRICS_RATIO_MAX: Final = 1.03
+TLS_RATIO_MIN = 0.7
 PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
 SNAPSHOT_RATIO_MAX, SNAPSHOT_SECONDS_MAX = 1.2, 0.05
 AFTER_SNAPSHOT_RATIO_MIN, CHAIN_RATIO_MIN = 0.9, 0.95
@@ -119,6 +120,7 @@ class Bench:
         self.servers = {name: self._server(name, data, sockets) for name in names}
         self.apart = self._server(self.ours, data / "apart", sockets / "apart")
         self.data = data
+        self.sockets = sockets
         self.rows: list[Row] = []
         self.singles: list[Single] = []
 
@@ -276,6 +278,17 @@ class Bench:
             text = f"{inside / 1e3:.1f} k/s in process, {inside / over:.2f} times NBD ({over / 1e3:.1f} k/s)"
             self._ratio(f"library-{load}", text, inside / over, LIBRARY_RATIO_MIN)
 
+    def run_tls(self) -> None:
+        if not tls.PEER.is_installed:
+            say("tls: nbdkit is not installed, left out")
+            return
+        result = tls.compare(self.data / "tls", self.sockets, self.options.rounds, self.options.seconds)
+        for load in tls.LOADS:
+            found, peer = result.ours[load], result.peer[load]
+            ratio = statistics.median(found) / statistics.median(peer)
+            text = f"{_spread(found, 1e-6)} MB/s, {ratio:.2f} times nbdkit ({_spread(peer, 1e-6)} MB/s)"
+            self._ratio(f"tls-{load}", text, ratio, TLS_RATIO_MIN, data=asdict(result))
+
     def _seconds(self, name: str, values: Sequence[float], limit: float) -> None:
         text = f"{_spread(values, 1e3)} ms"
         met = statistics.median(values) < limit
@@ -363,6 +376,8 @@ class Bench:
         if "open-clean" in wanted:
             self.run_open_clean()
         self.close()
+        if TLS in wanted:
+            self.run_tls()
         if KINDS[self.ours].keeps_data:
             if "open-crash" in wanted:
                 self.run_open_crash()

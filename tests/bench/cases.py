@@ -107,6 +107,7 @@ FIO_CASES: Final = (
 CPU: Final = "cpu"
 CPU_CASES: Final = ("read-qd1", "read-qd32", "write-qd1", "write-qd32")
 COPIES_CASES: Final = ("scrub", "recovery", "degraded", "pause", "library", "metrics")
+TLS: Final = "tls"
 LIVES_CASES: Final = ("snapshot", "clone-chain", "discard", "many")
 NAMES: Final = (
     *(case.name for case in FIO_CASES),
@@ -118,4 +119,5 @@ NAMES: Final = (
     "rss",
     *COPIES_CASES,
     *LIVES_CASES,
+    TLS,
 )

@@ -37,12 +37,20 @@ class Measurement:
         return self.bytes_per_second / 1e6 if case.in_megabytes else self.requests_per_second
 
 
-def run(server: Server, options: dict[str, str]) -> Measurement:
+@dataclass(frozen=True)
+class TlsClient:
+    """Use TLS. prefix: the words in front of `fio` that let libnbd find certificates."""
+
+    prefix: list[str]
+
+
+def run(server: Server, options: dict[str, str], tls: TlsClient | None = None) -> Measurement:
     """Load a running server; raises RuntimeError with fio's words if it fails."""
-    arguments = [f"--{key}={value}" for key, value in {**BASE, "uri": server.uri, **options}.items()]
+    uri = server.uri if tls is None else server.uri.replace("nbd+unix", "nbds+unix", 1)
+    arguments = [f"--{key}={value}" for key, value in {**BASE, "uri": uri, **options}.items()]
     cpu_before = server.cpu_seconds()
     finished = subprocess.run(
-        ["fio", *arguments],
+        [*(tls.prefix if tls is not None else ()), "fio", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

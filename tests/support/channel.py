@@ -141,6 +141,11 @@ class Channel:
             await self._loop.sock_sendall(self.socket, self._outgoing.read())
         self._tls = tls
 
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Name, version of TLS, bits."""
+        assert self._tls is not None
+        return self._tls.cipher()
+
     async def send_plain(self, data: Payload) -> None:
         """Past TLS."""
         await self._loop.sock_sendall(self.socket, data)

@@ -97,10 +97,12 @@ def peer_command(program: str, disk: Disk, directory: Path) -> list[str]:
 
 
 @asynccontextmanager
-async def serve_peer(program: str, disk: Disk, directory: Path) -> AsyncIterator[Served]:
-    """A foreign server by socket activation: the socket listens before the server runs, so nobody waits for it."""
+async def serve_peer(program: str, disk: Disk, directory: Path, options: Sequence[str] = ()) -> AsyncIterator[Served]:
+    """A foreign server by socket activation: the socket listens before the server runs, so nobody waits for it.
+    options: further ones of the program."""
     path = directory / "peer.sock"
-    command = peer_command(program, disk, directory)
+    name, *arguments = peer_command(program, disk, directory)
+    command = [name, *options, *arguments]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen(64)
