@@ -82,11 +82,14 @@ def limit(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> 
     """`vdi limit`: sets what is given, and shows what is then in force."""
     given = {kind: getattr(arguments, kind.replace("-", "_")) for kind in LIMIT_KINDS}
     wanted = {kind: value for kind, value in given.items() if value is not None}
-    vdi = store.set_limits(arguments.name, wanted) if wanted else store.info(arguments.name)
-    if arguments.json:
-        print_json(vdi.limits)
+    if wanted or arguments.weight is not None:
+        vdi = store.set_limits(arguments.name, wanted, weight=arguments.weight)
     else:
-        print(limits_text(vdi.limits))
+        vdi = store.info(arguments.name)
+    if arguments.json:
+        print_json({"limits": vdi.limits, "weight": vdi.weight})
+    else:
+        print(limits_text(vdi.limits), f"weight {vdi.weight}", sep="\n")
 
 
 COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namespace], None]]] = {

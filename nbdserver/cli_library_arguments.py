@@ -57,6 +57,9 @@ def add_limit(
             type=operations if what == "iops" else size,
             help=f"{'operations' if what == 'iops' else 'bytes (or K, M, G, T)'}{of} a second; 0 = no limit",
         )
+    parser.add_argument(
+        "--weight", metavar="N", type=int, help="its part of the server's time when it is short (default: 100)"
+    )
     common(parser)
     force(parser)
 

@@ -77,6 +77,7 @@ def vdi_details(vdi: VdiStatus) -> str:
             ("log", str(vdi.log)),
             ("damaged", format_size(vdi.damaged_bytes)),
             ("limits", "; ".join(" ".join(line.split()) for line in limits_text(vdi.limits).splitlines())),
+            ("weight", str(vdi.weight)),
         ]
     )
 

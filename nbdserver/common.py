@@ -15,6 +15,7 @@ from nbdserver.settings import ServerSettings
 from nbdserver.slow import SlowLog
 from nbdserver.tls import Tls
 from nbdserver.transmission import RECEIVE_BYTES
+from nbdserver.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Common:
         self.sealed_buffer = memoryview(bytearray(RECEIVE_BYTES))
         self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
         self.reply_area = memoryview(bytearray(REPLY_AREA_BYTES))
+        self.turns = Turns()
         self.last_active: object = None
         """The connection that moved last."""
         self.no_polling_until = 0.0

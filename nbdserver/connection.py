@@ -41,6 +41,7 @@ from nbdserver.slow import SlowWatch
 from nbdserver.tls import certificate_names, distinguished_name
 from nbdserver.tls_stream import TlsStream
 from nbdserver.transmission import Transmission
+from nbdserver.turns import Share
 from nbdserver.wire import replies
 from nbdserver.wire.constants import OptionReply, ProtocolError
 from objstore.access.api import ClientStatus
@@ -95,6 +96,7 @@ class Connection:
         self._readable.register(sock.fileno(), select.POLLIN)
         self._sender = Sender(sock, common.pool, common.reply_area, lost=self._lost, moved=self._moved)
         self._reading = False
+        self._share: Share | None = None
         self._payload_since: float | None = None
         self._admitted = False
         """Requests may be taken."""
@@ -252,6 +254,8 @@ class Connection:
         if info is None:
             return True
         self._begin_transmission()
+        assert self.volume is not None
+        self._share = self._common.turns.enter(self.volume)
         await self._common.entered(self)
         self._admitted = True
         log.info("client entered peer=%s export=%s", self.peer, self.export)
@@ -379,14 +383,32 @@ class Connection:
         self._transmission.feed(self._handshake.take_rest())
 
     def _on_readable(self) -> None:
+        turns = self._common.turns
+        if turns.crowded:
+            assert self._share is not None
+            turns.queue(self._share, self)
+        else:
+            self._receive(ROUNDS_MAX)
+
+    def take_turn(self) -> int:
+        """See Turns."""
+        dispatch = self._dispatch
+        assert dispatch is not None
+        if not self._reading:
+            return 0
+        before = dispatch.in_flight
+        self._receive(1)
+        return max(0, dispatch.in_flight - before)
+
+    def _receive(self, rounds: int) -> None:
         """Receive, answer, send; poll a moment for the next request if nobody else is active."""
         common = self._common
         transmission = self._transmission
         assert transmission is not None
         stream = self._stream
-        spin = common.last_active is self and self._settings.busy_poll_seconds > 0
+        spin = rounds > 1 and common.last_active is self and self._settings.busy_poll_seconds > 0
         common.last_active = self
-        for _ in range(ROUNDS_MAX):
+        for _ in range(rounds):
             buffers = transmission.buffers()
             try:
                 if len(buffers) == 1:
@@ -517,7 +539,11 @@ class Connection:
         assert self._dispatch is not None
         assert self._transmission is not None
         self._dispatch.cautious = not self.alive()
-        if self._advance():
+        began = time.perf_counter()
+        goes_on = self._advance()
+        if self._share is not None:
+            self._common.turns.charge(self._share, time.perf_counter() - began)
+        if goes_on:
             self._transmission.park()
             if self._stopping:
                 self.finish()
@@ -555,6 +581,7 @@ class Connection:
             self._resume()
         elif (
             self._common.last_active is self
+            and not self._common.turns.crowded
             and self._sender.idle
             and self._settings.busy_poll_seconds > 0
             and self._next_comes_soon()
@@ -619,6 +646,9 @@ class Connection:
             self._meter = None
         while self._snapshots:
             await self._common.exports.source.close(self._snapshots.popitem()[1])
+        if self._share is not None:
+            self._common.turns.leave(self._share, self)
+            self._share = None
         if self.volume is not None:
             await self._common.exports.source.close(self.volume)
             self.volume = None

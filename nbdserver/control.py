@@ -96,7 +96,9 @@ class ControlledStore(VolumeSource, Protocol):
     async def damage(self, name: str) -> VdiDamage: ...
     async def start_scrub(self) -> ScrubStatus: ...
     async def set_copies(self, name: str, copies: int) -> VdiStatus: ...
-    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus: ...
+    async def set_limits(
+        self, name: str, limits: Mapping[str, tuple[int, int]], *, weight: int | None = None
+    ) -> VdiStatus: ...
     def set_recovery_rate(self, bytes_per_second: int) -> RecoveryStatus: ...
     async def change_zones(
         self, action: str, zone: str, *, path: str | None = None, weight: float | None = None, force: bool = False
@@ -261,7 +263,8 @@ class ControlServer:
     @operation("PUT", "/v1/vdis/{name}/limits")
     async def set_limits(self, name: str, body: SetLimits) -> VdiStatus:
         """Limit what the clients of a VDI may do in a second, from now on."""
-        return await self._store.set_limits(name, {kind: (one.rate, one.burst) for kind, one in body.limits.items()})
+        limits = {kind: (one.rate, one.burst) for kind, one in body.limits.items()}
+        return await self._store.set_limits(name, limits, weight=body.weight)
 
     @operation("GET", "/v1/scrub")
     async def get_scrub(self) -> ScrubStatus:

@@ -58,6 +58,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.wire": set(),
     "nbdserver.buffers": set(),
     "nbdserver.complaints": set(),
+    "nbdserver.turns": set(),
     "nbdserver.identity": set(),
     "nbdserver.http_log": set(),
     "nbdserver.meters": WIRE,
@@ -81,12 +82,13 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | MACHINES
     | IDENTITY
     | TLS
-    | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.settings", "nbdserver.complaints"},
+    | {"nbdserver.exports", "nbdserver.dispatch", "nbdserver.settings", "nbdserver.complaints", "nbdserver.turns"},
     "nbdserver.connection": WIRE
     | MACHINES
     | IDENTITY
     | TLS
-    | {"nbdserver.common", "nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings"},
+    | {"nbdserver.common", "nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings"}
+    | {"nbdserver.turns"},
     "nbdserver.listening": WIRE,
     "nbdserver.server": WIRE | {"nbdserver.listening"} | MACHINES | CONNECTION | IDENTITY | {"nbdserver.tls"},
     "nbdserver.config": {"nbdserver.server", "nbdserver.tls"},

@@ -89,9 +89,10 @@ class RecoveryRate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class SetLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits to set, by kind; rate 0 = none any more. What is not named stays."""
+    """Limits to set, by kind; rate 0 = none any more. What is not named stays, so does the weight if it is null."""
 
-    limits: dict[str, LimitStatus]
+    limits: dict[str, LimitStatus] = {}
+    weight: int | None = None
 
 
 class ZoneChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

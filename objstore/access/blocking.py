@@ -227,9 +227,9 @@ class BlockingConnection:
         """See Connection."""
         return self._runner.run(self._connection.set_copies(name, copies))
 
-    def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+    def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]], *, weight: int | None = None) -> VdiStatus:
         """See Connection."""
-        return self._runner.run(self._connection.set_limits(name, limits))
+        return self._runner.run(self._connection.set_limits(name, limits, weight=weight))
 
     def damage(self, name: str) -> VdiDamage:
         """See Connection."""

@@ -65,10 +65,13 @@ class Connection(ABC):
         """Change how many zones hold each object of a VDI; recovery makes or removes the copies."""
 
     @abstractmethod
-    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+    async def set_limits(
+        self, name: str, limits: Mapping[str, tuple[int, int]], *, weight: int | None = None
+    ) -> VdiStatus:
         """Limit what the clients of a VDI may do in a second, from now on; the process that has the zones open is not
         limited. limits: kind (settings.LIMIT_KINDS) -> rate and burst, in operations or bytes; rate 0 = none any more,
-        burst 0 = a tenth of a second's worth; what is not named stays. NotFound; InvalidRequest."""
+        burst 0 = a tenth of a second's worth; what is not named stays. weight: its part of the server's time
+        when several VDIs want more than there is, relative to theirs (default 100). NotFound; InvalidRequest."""
 
     @abstractmethod
     async def damage(self, name: str) -> VdiDamage:

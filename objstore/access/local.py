@@ -69,9 +69,11 @@ class LocalConnection(Connection):
         """See Connection."""
         return await self.store.set_copies(name, copies)
 
-    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+    async def set_limits(
+        self, name: str, limits: Mapping[str, tuple[int, int]], *, weight: int | None = None
+    ) -> VdiStatus:
         """See Connection."""
-        return await self.store.set_limits(name, limits)
+        return await self.store.set_limits(name, limits, weight=weight)
 
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""

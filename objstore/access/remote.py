@@ -247,10 +247,12 @@ class RemoteConnection(Connection):
         """See Connection."""
         return await self.http.ask("PUT", f"{_path(name)}/copies", VdiStatus, Copies(copies=copies))
 
-    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+    async def set_limits(
+        self, name: str, limits: Mapping[str, tuple[int, int]], *, weight: int | None = None
+    ) -> VdiStatus:
         """See Connection."""
         given = {kind: LimitStatus(rate=rate, burst=burst) for kind, (rate, burst) in limits.items()}
-        return await self.http.ask("PUT", f"{_path(name)}/limits", VdiStatus, SetLimits(limits=given))
+        return await self.http.ask("PUT", f"{_path(name)}/limits", VdiStatus, SetLimits(limits=given, weight=weight))
 
     async def damage(self, name: str) -> VdiDamage:
         """See Connection."""

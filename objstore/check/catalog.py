@@ -18,6 +18,7 @@ from objstore.check.tail import Row, Rules, read_tail
 SNAPSHOT_BYTES_MAX: Final = 1 << 30
 _SNAPSHOT_HEADER_BYTES: Final = 24
 _CRC_AT: Final = 20
+WEIGHT_MAX: Final = 10_000
 JOB_STATES: Final = frozenset({"running", "done", "failed", "aborted"})
 
 
@@ -124,6 +125,8 @@ class Catalog:
         former = member(fields, "former_bytes", int) if "former_bytes" in fields else 0
         member(fields | {"suspended": fields.get("suspended", "")}, "suspended", str)
         _check_limits(fields.get("limits", {}))
+        if not 1 <= member({"weight": 100} | fields, "weight", int) <= WEIGHT_MAX:
+            raise Damaged(f"weight of a VDI is {fields['weight']!r}")
         self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden, former)
         self.next_log = max(self.next_log, log + 1)
         if hidden:

@@ -22,7 +22,8 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaul
     base: the snapshot whose map its own began with, 0 = it began empty. hidden: it was deleted, its name is free, but
     its log stays for its snapshots. emptied: and its own data is discarded already. suspended: why nobody may open it;
     "" = anybody may. former_bytes: it was so large, and what lies between its size and there is not discarded yet; 0 =
-    it is. limits: of what its clients may do, by objstore.volume.settings.LIMIT_KINDS.
+    it is. limits: of what its clients may do, by objstore.volume.settings.LIMIT_KINDS. weight: of
+    this VDI when several want more than there is.
     """
 
     vdi_id: int
@@ -39,6 +40,7 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaul
     suspended: str = ""
     former_bytes: int = 0
     limits: dict[str, Limit] = {}
+    weight: int = 100
 
 
 class DeleteEntry(msgspec.Struct, frozen=True, tag="delete", kw_only=True):

@@ -89,6 +89,11 @@ class Volume(Protocol):
         """Whom to ask before each request of a client; None: nothing is limited. It may change between requests."""
         ...
 
+    @property
+    def weight(self) -> int:
+        """Its part of what the server can do when several volumes want more than that, relative to theirs."""
+        ...
+
     def read_now(self, offset_bytes: int, length_bytes: int, into: memoryview) -> int:
         """Read without waiting, if everything is at hand; never raises for damage or misses, only for bad ranges.
 

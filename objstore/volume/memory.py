@@ -10,6 +10,7 @@ from typing import Final
 from objstore.errors import InvalidRequest, NotFound, NotSupported, OutOfRange, ReadOnly
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, MIB
 from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Limiter, Volume, VolumeInfo, always
+from objstore.volume.settings import WEIGHT_DEFAULT
 
 _HOLE: Final = 0
 _DATA: Final = 1
@@ -31,6 +32,7 @@ class MemoryVolume:
         self.size_bytes = size_bytes
         self.read_only = read_only
         self.limiter: Limiter | None = None
+        self.weight = WEIGHT_DEFAULT
         blocks = -(-size_bytes // BLOCK_BYTES)
         self._states = bytearray(blocks)
         self._flushes = 0

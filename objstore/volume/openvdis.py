@@ -343,7 +343,8 @@ class OpenVdis:
         opened.disk.damage = damage
         vdi = Vdi(entry, opened.disk, opened.keeper)
         vdi.logs = partial(self._logs, entry.log, entry.vdi_id)
-        vdi.limit(state.vdis.get(entry.vdi_id, entry).limits)  # they may have changed meanwhile
+        now = state.vdis.get(entry.vdi_id, entry)  # it may have changed meanwhile
+        vdi.limit(now.limits, now.weight)
         vdi.standstill = Standstill(env, vdi.disk, partial(self._commit_copied, entry.vdi_id, vdi), vdi.look_again)
         self._open[entry.vdi_id] = vdi
         return vdi

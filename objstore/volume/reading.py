@@ -13,6 +13,7 @@ from objstore.log.view import MappedView
 from objstore.stages import stage
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
 from objstore.volume.base import REQUEST_BYTES_MAX, Change, Extent, Limiter, Volume
+from objstore.volume.settings import WEIGHT_DEFAULT
 
 READ_AHEAD_BYTES_MAX = 8 << 20
 
@@ -29,6 +30,7 @@ class Reading:
         self.view = view
         self.closed: StoreError | None = None
         self.limiter: Limiter | None = None
+        self.weight = WEIGHT_DEFAULT
         self._reads = 0
         """Reads under way that wait."""
         self._quiet = asyncio.Event()

@@ -11,6 +11,8 @@ from objstore.units import BLOCK_BYTES, GIB, KIB, MIB, TIB, format_size
 
 LIMIT_KINDS: Final = ("iops", "iops-read", "iops-write", "bytes", "bytes-read", "bytes-write")
 """What of a VDI's clients can be limited: operations and bytes a second, together or of one direction."""
+WEIGHT_DEFAULT: Final = 100
+WEIGHT_MAX: Final = 10_000
 MODES: Final = ("writeback", "writeback-always", "writethrough", "unsafe")
 """When a write of a VDI is acknowledged; the first is the default."""
 

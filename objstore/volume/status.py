@@ -50,6 +50,8 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Why nobody may open it until `vdi resume`; empty: anybody may."""
     limits: dict[str, LimitStatus] = {}
     """What its clients may do, by kind: iops, iops-read, iops-write, bytes, bytes-read, bytes-write."""
+    weight: int = 100
+    """Its part of what the server can do, relative to that of others."""
 
 
 class SnapshotStatus(Struct, frozen=True, kw_only=True):

@@ -290,17 +290,21 @@ class Store(ChangeOperations):
             damaged_bytes=self._damaged_bytes(entry.log, vdi),
             suspended=entry.suspended,
             limits={kind: LimitStatus(rate=one.rate, burst=one.burst) for kind, one in entry.limits.items()},
+            weight=entry.weight,
         )
 
     def _damaged_bytes(self, log_number: int, vdi: Vdi | None) -> int:
         damage = self._damage.get(log_number)
         return 0 if damage is None else damage.count(None if vdi is None else vdi.disk) << BLOCK_SHIFT
 
-    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+    async def set_limits(
+        self, name: str, limits: Mapping[str, tuple[int, int]], *, weight: int | None = None
+    ) -> VdiStatus:
         """Limit what the clients of a VDI may do in a second, durably, from now on. limits: rate and burst by kind
         (settings.LIMIT_KINDS); rate 0 = none any more, burst 0 = a tenth of a second's worth; what is not named stays.
-        NotFound; InvalidRequest."""
-        await self._limits.set(name, limits)
+        weight: its part of the server's time when several VDIs want more than there is, relative to theirs; the default
+        is 100. NotFound; InvalidRequest."""
+        await self._limits.set(name, limits, weight)
         return self.vdi(name)
 
     async def damage(self, name: str) -> VdiDamage:

@@ -82,8 +82,9 @@ class Vdi(Reading):
         if any(not segment.live and not segment.held for segment in disk.segments.values()):
             self.collector.poke()  # nobody else will before something is written
 
-    def limit(self, limits: Mapping[str, Limit]) -> None:
+    def limit(self, limits: Mapping[str, Limit], weight: int) -> None:
         """Its clients may do so much from now on."""
+        self.weight = weight
         self._throttle.set(limits)
         self.limiter = self._throttle if limits else None
 

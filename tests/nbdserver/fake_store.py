@@ -125,9 +125,11 @@ class FakeStore:
         self.rate = bytes_per_second
         return self._recovery()
 
-    async def set_limits(self, name: str, limits: Mapping[str, tuple[int, int]]) -> VdiStatus:
+    async def set_limits(
+        self, name: str, limits: Mapping[str, tuple[int, int]], *, weight: int | None = None
+    ) -> VdiStatus:
         given = {kind: LimitStatus(rate=rate, burst=burst) for kind, (rate, burst) in limits.items()}
-        self._vdis[name] = msgspec.structs.replace(self.vdi(name), limits=given)
+        self._vdis[name] = msgspec.structs.replace(self.vdi(name), limits=given, weight=weight or 100)
         return self.vdi(name)
 
     async def set_copies(self, name: str, copies: int) -> VdiStatus:

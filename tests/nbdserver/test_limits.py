@@ -134,12 +134,12 @@ async def test_limits_of_a_disk_in_use(tmp_path: Path, zones: list[str], capsys:
         async with attached(server.address, "disk") as client:
             await client.write(0, b"a" * 4096)
             shown = await ask_for("limit", "disk", "--iops", "1:2", "--bytes-read", "1M")
-            assert shown == {"bytes-read": {"rate": 1 << 20, "burst": 0}, "iops": {"rate": 1, "burst": 2}}
+            assert shown["limits"] == {"bytes-read": {"rate": 1 << 20, "burst": 0}, "iops": {"rate": 1, "burst": 2}}
             for n in range(100):
                 await client.submit(Command.WRITE, 4096 * n, payload=b"b" * 4096)
             await client.flush()
             assert client.outstanding(), "writes for a hundred seconds"
-            assert (await ask_for("limit", "disk", "--iops", "0"))["bytes-read"]["rate"] == 1 << 20
+            assert (await ask_for("limit", "disk", "--iops", "0"))["limits"]["bytes-read"]["rate"] == 1 << 20
             while client.outstanding():
                 await client.next_reply()
             assert await client.read(99 * 4096, 4096) == b"b" * 4096
@@ -147,8 +147,11 @@ async def test_limits_of_a_disk_in_use(tmp_path: Path, zones: list[str], capsys:
         refused = await asyncio.to_thread(fails, capsys, "vdi", "limit", "disk", "--bytes", "9000T", "--zone", zones[0])
         assert refused[0] == 2
         assert server.stop() == (0, "")
-    assert (await ask_for("limit", "disk"))["bytes-read"] == {"rate": 1 << 20, "burst": 0}
-    assert (await ask_for("limit", "disk", "--iops-write", "5", "--bytes-read", "0")).keys() == {"iops-write"}
+    assert (await ask_for("limit", "disk"))["limits"]["bytes-read"] == {"rate": 1 << 20, "burst": 0}
+    changed = await ask_for("limit", "disk", "--iops-write", "5", "--bytes-read", "0", "--weight", "300")
+    assert (changed["limits"].keys(), changed["weight"]) == ({"iops-write"}, 300)
+    assert (await ask_for("info", "disk"))["weight"] == 300
+    assert (await asyncio.to_thread(fails, capsys, "vdi", "limit", "disk", "--weight", "0", "--zone", zones[0]))[0] == 2
 
 
 async def test_a_stop_does_not_wait_for_requests_at_their_limit(
