@@ -238,7 +238,7 @@ def note_of(zones: Sequence[Path]) -> LockNote | None:
         try:
             text = lock_note(zone)
             return None if text is None else msgspec.json.decode(text, type=LockNote)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"zone {zone}: its lock is held by something that is not sheepfold") from error
         except StoreError as error:
             first_error = first_error or error

@@ -131,7 +131,7 @@ async def _body(request: web.Request, kind: Any) -> Any:
     """The request's JSON body. InvalidRequest."""
     try:
         return msgspec.json.decode(await request.read(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"request body: {error}") from error
 
 

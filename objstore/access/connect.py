@@ -63,7 +63,7 @@ def control_socket(zone: Path | str) -> Path | None:
         return None
     try:
         note = msgspec.json.decode(text, type=LockNote)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"zone {zone}: its lock is held by something that is not sheepfold") from error
     if not note.control:
         raise InvalidRequest(f"zone {zone} is held by process {note.pid}, which has no control socket")

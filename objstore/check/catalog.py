@@ -264,7 +264,7 @@ def _crc(data: bytes) -> int:
 def _unpack(data: bytes) -> dict[str, Any]:
     try:
         value = msgspec.msgpack.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged("the catalog has something that is no msgpack") from error
     if not isinstance(value, dict):
         raise Damaged("the catalog has something that is no msgpack map")

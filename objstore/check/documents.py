@@ -28,7 +28,7 @@ def document(data: bytes, kind: str) -> dict[str, Any]:
         raise Damaged("the document has a wrong checksum")
     try:
         value = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged("the document is no JSON") from error
     if not isinstance(value, dict):
         raise Damaged("the document is no JSON object")

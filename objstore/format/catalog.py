@@ -205,7 +205,7 @@ def decode_entry(data: bytes | memoryview, length_bytes: int) -> Entry:
     try:
         entry: Entry = _ENTRY.decode(bytes(data[:length_bytes]))
         return entry
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"catalog entry can't be read: {error}") from error
 
 
@@ -225,5 +225,5 @@ def decode_snapshot(data: bytes, store_id: bytes, number: int) -> Snapshot:
         raise FormatError(f"catalog snapshot damaged number={number}")
     try:
         return msgspec.msgpack.decode(body, type=Snapshot)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"catalog snapshot can't be read number={number}: {error}") from error

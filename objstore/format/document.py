@@ -113,5 +113,5 @@ def decode_document(kind: str, data: bytes, type_: type[T], where: str) -> T:
         raise FormatError(f"{where} is damaged: its checksum is wrong")
     try:
         return msgspec.json.decode(body, type=type_)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: {error}") from error

@@ -14,6 +14,7 @@ from nbdserver.wire import options as wire
 from nbdserver.wire.constants import Command, Option, OptionReply, ProtocolError
 from nbdserver.wire.requests import pack
 from objstore.volume.base import VolumeInfo
+from tests.fuzz import formats
 from tests.nbdserver.machines import FIXED, Receiver, context_data, exports, info_data, option, replies
 from tests.nbdserver.test_dispatch import STYLES, Harness
 from tests.nbdserver.volumes import TestVolume
@@ -153,6 +154,7 @@ TARGETS: Final[Mapping[str, tuple[Target, Sequence[bytes]]]] = {
     "handshake": (handshake, _handshake_seeds()),
     "transmission": (transmission, _transmission_seeds()),
     "dispatch": (dispatch, _dispatch_seeds()),
+    **formats.TARGETS,
 }
 """Each target with inputs that reach far into it."""
 

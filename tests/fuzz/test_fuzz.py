@@ -6,7 +6,16 @@ import pytest
 
 from tests.fuzz.targets import TARGETS, mutated
 
-MUTATIONS = {"handshake": 1500, "transmission": 400, "dispatch": 120}
+MUTATIONS = {
+    "handshake": 1500,
+    "transmission": 400,
+    "dispatch": 120,
+    "formats": 1500,
+    "entries": 1500,
+    "bodies": 1500,
+    "texts": 1500,
+    "config": 500,
+}
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
