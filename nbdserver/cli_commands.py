@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nbdserver.tls import TlsSettings
 
 
-LIBRARY_COMMANDS: Final = ("attr", "limit", "download", "upload", "allocate", "map", "diff")
+LIBRARY_COMMANDS: Final = ("attr", "limit", "download", "upload", "allocate", "flatten", "map", "diff")
 """Those of `vdi` that cli_library.py has."""
 
 

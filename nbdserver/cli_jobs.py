@@ -1,4 +1,4 @@
-"""Jobs: `vdi allocate`, and `job list|follow|abort` from any terminal."""
+"""Jobs: `vdi allocate`, `vdi flatten`, and `job list|follow|abort` from any terminal."""
 
 import argparse
 import sys
@@ -13,8 +13,17 @@ POLL_SECONDS: Final = 0.2
 
 
 def allocate(store: BlockingConnection, arguments: argparse.Namespace) -> None:
-    """Begin the job and wait for its end, unless a server goes on with it and `--detach` says so. Ctrl-C aborts it."""
-    job = store.allocate(arguments.name, arguments.offset, arguments.length)
+    """`vdi allocate`."""
+    _see_through(store, store.allocate(arguments.name, arguments.offset, arguments.length), arguments)
+
+
+def flatten(store: BlockingConnection, arguments: argparse.Namespace) -> None:
+    """`vdi flatten`."""
+    _see_through(store, store.flatten(arguments.name), arguments)
+
+
+def _see_through(store: BlockingConnection, job: JobStatus, arguments: argparse.Namespace) -> None:
+    """Wait for the end of a job, unless a server goes on with it and `--detach` says so. Ctrl-C aborts it."""
     if not (arguments.detach and not store.in_process):
         try:
             job = _follow(store, job.job_id)

@@ -10,7 +10,7 @@ from typing import Final
 
 from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
 from nbdserver.cli_diff import diff
-from nbdserver.cli_jobs import allocate, job
+from nbdserver.cli_jobs import allocate, flatten, job
 from nbdserver.cli_output import limits_text, print_json
 from nbdserver.cli_progress import progress
 from nbdserver.cli_transfer import download, show_map, upload
@@ -100,5 +100,6 @@ COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namesp
     "map": show_map,
     "diff": diff,
     "allocate": allocate,
+    "flatten": flatten,
     "job": job,
 }

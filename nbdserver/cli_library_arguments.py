@@ -16,7 +16,7 @@ def add_transfers(
     any_name: Callable[[str], str],
     size: Callable[[str], int],
 ) -> None:
-    """`vdi download|upload|allocate|map`."""
+    """`vdi download|upload|allocate|map|flatten`."""
     download = add("download", "write what a VDI or a snapshot holds to stdout or a file, holes kept")
     upload = add("upload", "write stdin or a file to a VDI, holes kept")
     allocate = add("allocate", "reserve space for the holes of a disk, so that they are no holes any more")
@@ -35,6 +35,11 @@ def add_transfers(
         parser.add_argument("--length", metavar="SIZE", type=size, default=0, help="how much (default: to the end)")
         common(parser)
         force(parser)
+    flatten = add("flatten", "give a clone data of its own, so that it needs the snapshot that it is of no more")
+    flatten.add_argument("name", metavar="NAME", type=name)
+    flatten.add_argument("--detach", action="store_true", help="don't wait for the end where a server goes on with it")
+    common(flatten)
+    force(flatten)
     upload.add_argument("--zero-rest", action="store_true", help="zeros for what a short stream leaves of the range")
 
 

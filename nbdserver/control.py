@@ -67,6 +67,7 @@ class ControlledStore(VolumeSource, Protocol):
     @property
     def jobs(self) -> JobsOfStore: ...
     async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus: ...
+    async def flatten(self, name: str) -> JobStatus: ...
     @property
     def attributes(self) -> AttributesOfVdis: ...
     async def status(self, *, thorough: bool = True) -> StoreStatus: ...
@@ -254,6 +255,11 @@ class ControlServer:
     async def allocate_range(self, name: str, body: Range) -> JobStatus:
         """Begin a job that reserves space for the holes of a range; length 0 = to the end."""
         return await self._store.allocate(name, body.offset_bytes, body.length_bytes)
+
+    @operation("POST", "/v1/vdis/{name}/flatten", status=202)
+    async def flatten(self, name: str) -> JobStatus:
+        """Begin a job that gives a clone data of its own, so that it needs the snapshot that it is of no more."""
+        return await self._store.flatten(name)
 
     @operation("PUT", "/v1/vdis/{name}/copies")
     async def set_copies(self, name: str, body: Copies) -> VdiStatus:

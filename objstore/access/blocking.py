@@ -279,6 +279,10 @@ class BlockingConnection:
         """See Connection. In this process, without `background`, the job goes on while calls are under way alone."""
         return self._runner.run(self._connection.allocate(name, offset_bytes, length_bytes))
 
+    def flatten(self, name: str) -> JobStatus:
+        """See Connection, and `allocate`."""
+        return self._runner.run(self._connection.flatten(name))
+
     def jobs(self) -> Iterator[JobStatus]:
         """See Connection."""
         return self._runner.each(self._connection.jobs())

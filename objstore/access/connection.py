@@ -131,6 +131,12 @@ class Connection(ABC):
         else. It goes on by itself; `wait_for_job` returns when it has ended."""
 
     @abstractmethod
+    async def flatten(self, name: str) -> JobStatus:
+        """Begin a job that gives a clone, open or not, data of its own, so that it needs the snapshot that it is of no
+        more. It goes on by itself, and may be repeated if it doesn't come to its end. InvalidRequest: it is no clone;
+        Busy: it has snapshots that need the other one too."""
+
+    @abstractmethod
     def jobs(self) -> AsyncIterator[JobStatus]:
         """Jobs that run, and those of the last day, oldest first."""
 

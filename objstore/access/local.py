@@ -122,6 +122,10 @@ class LocalConnection(Connection):
         """See Connection."""
         return await self.store.allocate(name, offset_bytes, length_bytes)
 
+    async def flatten(self, name: str) -> JobStatus:
+        """See Connection."""
+        return await self.store.flatten(name)
+
     async def jobs(self) -> AsyncIterator[JobStatus]:
         """See Connection."""
         for job in self.store.jobs.list():

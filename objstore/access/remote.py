@@ -307,6 +307,10 @@ class RemoteConnection(Connection):
         body = Range(offset_bytes=offset_bytes, length_bytes=length_bytes)
         return await self.http.ask("POST", f"{_path(name)}/allocate", JobStatus, body)
 
+    async def flatten(self, name: str) -> JobStatus:
+        """See Connection."""
+        return await self.http.ask("POST", f"{_path(name)}/flatten", JobStatus)
+
     async def jobs(self) -> AsyncIterator[JobStatus]:
         """See Connection."""
         for job in await self.http.ask("GET", "/v1/jobs", list[JobStatus]):

@@ -28,6 +28,8 @@ class CloneOperations(SnapshotOperations):
     def __init__(self, started: Started) -> None:
         super().__init__(started)
         self._creating: set[str] = set()
+        self._flattening: set[int] = set()
+        """By vdi id."""
 
     async def clone(self, source: str, name: str, *, copies: int | None = None, mode: str | None = None) -> VdiStatus:
         """Create a VDI that begins as a snapshot (VDI@TAG, VDI@INDEX), or as a VDI is now; durable on return.

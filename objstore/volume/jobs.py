@@ -43,8 +43,20 @@ class Jobs:
         self._abort: set[int] = set()
         self._closed = False
 
-    async def start(self, kind: str, vdi: str, offset_bytes: int, length_bytes: int, step: Step) -> JobStatus:
-        """Record a job and begin it. step: called again and again for what is left of the range."""
+    async def start(
+        self,
+        kind: str,
+        vdi: str,
+        offset_bytes: int,
+        length_bytes: int,
+        step: Step,
+        *,
+        finish: Callable[[], Awaitable[None]] | None = None,
+        ended: Callable[[], None] | None = None,
+    ) -> JobStatus:
+        """Record a job and begin it. step: called again and again for what is left of the range. finish: what is to be
+        done behind the last step. ended: called when the job does not run any more, however it ended; not if this
+        raises."""
         if self._closed:
             raise Stopping("the store is closing")
         state = self._catalog.state
@@ -65,11 +77,14 @@ class Jobs:
         if self._closed:
             raise Stopping("the store is closing")
         self._entries[entry.job_id] = entry
-        task = self._loop.create_task(self._work(entry, step))
+        task = self._loop.create_task(self._work(entry, step, finish))
+        if ended is not None:
+            over = ended
+            task.add_done_callback(lambda _: over())
         self._running[entry.job_id] = _Running(task, self._clock.monotonic())
         return self.get(entry.job_id)
 
-    async def _work(self, entry: JobEntry, step: Step) -> None:
+    async def _work(self, entry: JobEntry, step: Step, finish: Callable[[], Awaitable[None]] | None) -> None:
         done, noted = 0, self._clock.monotonic()
         state, message = "done", ""
         try:
@@ -86,6 +101,8 @@ class Jobs:
                 if self._clock.monotonic() - noted > NOTE_SECONDS:
                     noted = self._clock.monotonic()
                     await self._catalog.commit(self._entries[entry.job_id])
+            if state == "done" and finish is not None:
+                await finish()
         except StoreError as error:
             state, message = "failed", str(error)
         self._note(entry.job_id, done, state, message)

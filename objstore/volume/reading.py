@@ -31,8 +31,9 @@ class Reading:
         self.closed: StoreError | None = None
         self.limiter: Limiter | None = None
         self.weight = WEIGHT_DEFAULT
-        self._reads = 0
-        """Reads under way that wait."""
+        self._reads: dict[int, int] = {}
+        """How many reads are under way that wait, by the era in which they began."""
+        self._era = 0
         self._quiet = asyncio.Event()
         self.logs: Callable[[], Mapping[int, int]] = dict
         """The logs in which data of this volume may lie, each with its depth (Volume.depths)."""
@@ -94,12 +95,14 @@ class Reading:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        self._reads += 1
+        era, reads = self._era, self._reads
+        reads[era] = reads.get(era, 0) + 1
         try:
             yield
         finally:
-            self._reads -= 1
-            if not self._reads:
+            reads[era] -= 1
+            if not reads[era]:
+                del reads[era]
                 self._quiet.set()
 
     async def cache(self, offset_bytes: int, length_bytes: int) -> None:
@@ -159,6 +162,14 @@ class Reading:
     async def quiet(self) -> None:
         """Return when no read is under way."""
         while self._reads:
+            self._quiet.clear()
+            await self._quiet.wait()
+
+    async def reads_over(self) -> None:
+        """Return when the reads that are under way at this call have ended."""
+        now = self._era
+        self._era += 1
+        while any(era <= now for era in self._reads):
             self._quiet.clear()
             await self._quiet.wait()
 

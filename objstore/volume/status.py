@@ -86,7 +86,7 @@ class JobStatus(Struct, frozen=True, kw_only=True):
 
     job_id: int
     kind: str
-    """`allocate`."""
+    """`allocate` or `flatten`."""
     vdi: str
     state: str
     """`running`, `done`, `failed` (see `message`), `aborted`, or `interrupted`: its process ended before it did."""

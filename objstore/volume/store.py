@@ -35,9 +35,9 @@ from objstore.replica.zone import Executor, ThreadExecutor, run, run_long
 from objstore.units import BLOCK_BYTES, BLOCK_SHIFT, VDI_BYTES_MAX, format_size
 from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
-from objstore.volume.changes import ChangeOperations
 from objstore.volume.clones import COPIES_DEFAULT_MAX
 from objstore.volume.directories import make_directories, other_zones
+from objstore.volume.flatten import FlattenOperations
 from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
 from objstore.volume.limits import Limits
@@ -69,7 +69,7 @@ BALLAST_BYTES: Final = 32 << 20
 when other programs have filled the file system to the last byte."""
 
 
-class Store(ChangeOperations):
+class Store(FlattenOperations):
     """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:

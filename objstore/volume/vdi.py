@@ -16,11 +16,12 @@ from functools import partial
 
 from objstore.errors import InvalidRequest, NoSpace, NotSupported, StoreError, Unavailable
 from objstore.format.catalog import Limit, VdiEntry
-from objstore.format.record import Flag
-from objstore.log.address import HOLE, RESERVED
+from objstore.format.record import RECORD_DATA_BLOCKS_MAX, Flag
+from objstore.log.address import BLOCK_BITS, HOLE, RESERVED, SEGMENT_BITS
 from objstore.log.collect import Collector
 from objstore.log.disk import Disk
 from objstore.log.keeper import Keeper
+from objstore.log.regions import Region, depths_of
 from objstore.replica.zone import run
 from objstore.stages import StagedLock, stage
 from objstore.units import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, REGION_BLOCKS, REGION_MASK
@@ -39,6 +40,9 @@ TRIES_WITHOUT_TURN = 3
 ALLOCATE_BLOCKS_MAX = 1 << 18
 ALLOCATE_RUNS_MAX = 256
 """Of one step: others get their turn between two."""
+COPY_BLOCKS_MAX = 1 << 10
+COPY_RUNS_MAX = 256
+"""Of one step of flattening."""
 GIVE_BACK_ROUNDS = 6
 RESERVED_OVERHEAD = 1.06
 """Files over data for whole 1 MiB records: header pages, directory, rounding."""
@@ -363,6 +367,65 @@ class Vdi(Reading):
             position = self._writer.position
         await self._durable(position, fua=False)
         return min(length_bytes, (at - first << BLOCK_SHIFT) - skip)
+
+    async def copy_in(self, offset_bytes: int, length_bytes: int) -> int:
+        """Of a clone: write what of a range lies in other logs into its own; what the VDI shows stays.
+
+        A bounded amount of work: returns how many bytes of the range are done, at least one. NoSpace; Corrupt: a block
+        is damaged in every zone.
+        """
+        self._check(offset_bytes, length_bytes, bounded=False)
+        first, count, skip = cover(offset_bytes, length_bytes)
+        with self._reading():
+            stretches = await self.disk.extents(first, count, COPY_RUNS_MAX, self._foreign)
+        at, copied = first, 0
+        for depth, blocks in stretches:
+            while depth > 1 and blocks and copied < COPY_BLOCKS_MAX:
+                part = min(blocks, RECORD_DATA_BLOCKS_MAX)
+                await self._copy(at, part)
+                at, blocks, copied = at + part, blocks - part, copied + part
+            if depth > 1 and blocks:
+                break
+            at += blocks
+        return min(length_bytes, (at - first << BLOCK_SHIFT) - skip)
+
+    def _foreign(self, value: "Region | None", first: int, end: int) -> list[tuple[int, int]]:
+        return depths_of(value, first, end, {self.disk.log: 1})
+
+    async def _copy(self, first: int, count: int) -> None:
+        """Write those of some blocks again that lie in other logs. They are read before the turn is taken: the map must
+        say the same then, and what it says of other logs never comes back once it is gone."""
+        data = memoryview(bytearray(count << BLOCK_SHIFT))
+        while True:
+            runs = await self._runs(first, count)
+            with self._reading():
+                await self.disk.read(first, count, data)
+            async with self._turn:
+                if await self._runs(first, count) != runs:
+                    continue
+                pieces: list[tuple[int, int, memoryview | int]] = []
+                at = 0
+                for entry, blocks in runs:
+                    if entry > RESERVED and entry >> (SEGMENT_BITS + BLOCK_BITS) != self.disk.log:
+                        pieces.append((first + at, blocks, data[at << BLOCK_SHIFT : at + blocks << BLOCK_SHIFT]))
+                    at += blocks
+                if pieces:
+                    await self._append(pieces, always)
+                return
+
+    async def _runs(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Where blocks lie: (entry of the first, blocks) of each run."""
+        evict = True
+        while wanted := self.disk.map.missing(first, count):
+            await self.disk.load(wanted, evict=evict)
+            evict = False
+        return self.disk.map.runs(first, count)
+
+    async def reads_over(self) -> None:
+        """Return when everything has ended that was under way at this call and may read."""
+        async with self._turn:
+            pass
+        await super().reads_over()
 
     async def _check_space(self, length_bytes: int) -> None:
         """NoSpace if the zones can't hold so much more now, what the VDI holds already not counted."""

@@ -230,6 +230,9 @@ class FakeStore:
     def vdis(self) -> list[VdiStatus]:
         return [self._vdis[name] for name in sorted(self._vdis)]
 
+    async def flatten(self, name: str) -> JobStatus:
+        raise NotFound(name)
+
     async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
         raise NotFound(name)
 

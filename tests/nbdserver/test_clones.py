@@ -57,6 +57,27 @@ async def test_clones_of_a_disk_that_is_in_use(
     assert await ask("tree") == []
 
 
+async def test_a_clone_is_flattened_under_its_client(
+    tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def ask(*arguments: str) -> Any:
+        return await asyncio.to_thread(sheepfold, capsys, *arguments, "--zone", zones[0])
+
+    with serving(tmp_path, zones, "--vdi", "disk:16M") as server:
+        server.exports(1)
+        async with attached(server.address, "disk") as client:
+            await client.write(0, b"a" * 65536)
+        await ask("vdi", "clone", "disk", "copy")
+        async with attached(server.address, "copy") as client:
+            assert (await ask("vdi", "flatten", "copy"))["state"] == "done"
+            assert [job["kind"] for job in await ask("job", "list")] == ["flatten"]
+            await ask("vdi", "delete", "disk")
+            assert await client.read(0, 65536) == b"a" * 65536
+        code, line = await asyncio.to_thread(fails, capsys, "vdi", "flatten", "copy", "--zone", zones[0])
+        assert (code, "no clone" in line) == (2, True)
+        assert server.stop() == (0, "")
+
+
 def status(name: str, parent: str = "") -> VdiStatus:
     return VdiStatus(
         name=name,

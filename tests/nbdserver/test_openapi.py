@@ -50,6 +50,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "set_attribute": {"name": "disk", "key": "new/%2F", "exclusive": "true", "body": b"\0value"},
     "delete_attribute": {"name": "disk", "key": "kept"},
     "allocate_range": {"name": "disk", "body": {"offset_bytes": 0, "length_bytes": 8192}},
+    "flatten": {"name": "copy"},
     "get_job": {"job_id": 1},
     "abort_job": {"job_id": 1},
     "open_handle": {"name": "disk", "body": {"session": SESSION}},

@@ -128,3 +128,21 @@ async def test_deleting_the_vdi_ends_its_job(store: Connection) -> None:
 async def test_a_reserved_extent_is_what_a_client_sees(store: Connection, vdi: VdiHandle) -> None:
     await allocated(store, 0, 4096)
     assert [extent async for extent in vdi.map(0, 8192)] == [Extent(4096, False, True), Extent(4096, True, True)]
+
+
+async def test_a_clone_is_flattened(store: Connection, vdi: VdiHandle) -> None:
+    data = random.Random(2).randbytes(3 * MIB)
+    await vdi.write(MIB, data)
+    await store.create_snapshot("disk", "s")
+    with pytest.raises(InvalidRequest, match="no clone"):
+        await store.flatten("disk")
+    await store.clone("disk@s", "clone")
+    async with store.open("clone") as clone:
+        await clone.write(MIB + 5, b"own")
+        job = await store.wait_for_job((await store.flatten("clone")).job_id)
+        assert (job.kind, job.state, job.bytes_done) == ("flatten", "done", SIZE)
+        assert (await store.info("clone")).parent == ""
+        await store.delete_snapshot("disk@s")
+        await vdi.close()
+        await store.delete("disk")
+        assert await clone.read(MIB, 3 * MIB) == data[:5] + b"own" + data[8:]
