@@ -80,6 +80,8 @@ SERVER_BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "list_snapshots": (False, True),
     "extended_headers": (False, True),
     "connections_max": (1, 65_536),
+    "client_connections_max": (0, 65_536),
+    "client_connects_per_second": (0.0, 100_000.0),
     "handshake_seconds": (0.1, 600.0),
     "requests_in_flight_max": (1, 4096),
     "buffer_bytes_max": (128 * MIB, 64 * GIB),

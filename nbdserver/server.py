@@ -7,12 +7,14 @@ finishes and answers what it has received and closes, then the volumes are flush
 import asyncio
 import errno
 import logging
+import resource
 import socket
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
+from nbdserver.admission import Admission, Refusal
 from nbdserver.common import Common
 from nbdserver.connection import Connection
 from nbdserver.exports import Exports
@@ -35,6 +37,9 @@ ACCEPT_PAUSE_SECONDS: Final = 1.0
 """Wait after running out of descriptors or memory for sockets."""
 WATCH_SECONDS: Final = 1.0
 """How often connections that stand in others' way are looked for."""
+REFUSALS_MAX: Final = 64
+REFUSAL_PAUSE_SECONDS: Final = 0.05
+"""After so many connections that came too soon, nothing is accepted for so long: turning them away takes time, too."""
 KICK_SECONDS: Final = 5.0
 """How long connections that are told to end have for it."""
 SO_SNDBUFFORCE: Final = 32
@@ -59,6 +64,9 @@ class Server:
         self._ended_before = 0
         """Requests of connections that are gone."""
         self._watcher: asyncio.Task[None] | None = None
+        self._admission = Admission(self.settings, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._flood = 0
+        """Connections refused because they came too soon, since accepting was paused last."""
         self._stopping = False
 
     async def start(self, listeners: Sequence[Listener], handed: Sequence[socket.socket] = ()) -> None:
@@ -154,6 +162,7 @@ class Server:
         self.settings = settings
         self._common.settings = settings
         self._common.pool.set_bytes_max(settings.buffer_bytes_max)
+        self._admission.reconfigure(settings)
         self._exports.default = settings.default_export
         self._exports.list_snapshots = settings.list_snapshots
         for connection in self._connections:
@@ -179,7 +188,7 @@ class Server:
             fenced=len(common.fences.seconds_left()),
             buffer_bytes=common.pool.held_bytes,
             buffer_bytes_max=common.pool.bytes_max,
-            connections_max=self.settings.connections_max,
+            connections_max=self._admission.connections_max,
         )
 
     @property
@@ -226,34 +235,44 @@ class Server:
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._pause_accepting(listening, error)
+                    self._common.complain("accept", "no connection can be accepted for now: %s", error)
+                    self._pause_accepting(listening, ACCEPT_PAUSE_SECONDS)
                     return
                 continue
-            sock.setblocking(False)
-            if len(self._connections) >= self.settings.connections_max:
-                self._common.counts.refuse("connections_max")
-                self._common.complain(
-                    "refused", "connection refused: connections_max=%d are open", self.settings.connections_max
-                )
-                sock.close()
-                continue
             try:
-                self._prepare(sock)
                 peer = peer_of(sock, address)
+                sock.setblocking(False)
+                self._prepare(sock)
             except OSError:
                 sock.close()
+                continue
+            refusal = self._admission.refuses(peer.client)
+            if refusal is not None:
+                sock.close()
+                if self._refused(refusal):
+                    self._pause_accepting(listening, REFUSAL_PAUSE_SECONDS)
+                    return
                 continue
             self._common.counts.accepted += 1
             connection = Connection(sock, peer, self._common)
             task = asyncio.get_running_loop().create_task(connection.run())
             self._connections[connection] = task
-            task.add_done_callback(partial(self._gone, connection))
+            task.add_done_callback(partial(self._gone, connection, peer.client))
 
-    def _pause_accepting(self, listening: socket.socket, error: OSError) -> None:
-        self._common.complain("accept", "no connection can be accepted for now: %s", error)
+    def _refused(self, refusal: Refusal) -> bool:
+        """Note a connection that was closed unanswered. True: so many came too soon that it is time to rest."""
+        self._common.counts.refuse(refusal.reason)
+        self._common.complain(("refused", refusal.reason), "connection refused: %s", refusal.message)
+        self._flood += refusal.flood
+        if self._flood < REFUSALS_MAX:
+            return False
+        self._flood = 0
+        return True
+
+    def _pause_accepting(self, listening: socket.socket, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(listening.fileno())
-        loop.call_later(ACCEPT_PAUSE_SECONDS, self._accept_again, listening)
+        loop.call_later(seconds, self._accept_again, listening)
 
     def _accept_again(self, listening: socket.socket) -> None:
         if not self._stopping:
@@ -291,8 +310,9 @@ class Server:
             for connection in leaving:
                 connection.revoke("it does not come to its end and the export has a newer client")
 
-    def _gone(self, connection: Connection, task: asyncio.Task[None]) -> None:
+    def _gone(self, connection: Connection, client: str, task: asyncio.Task[None]) -> None:
         del self._connections[connection]
+        self._admission.leave(client)
         self._ended_before += connection.info().request_count
         if self._common.last_active is connection:
             self._common.last_active = None

@@ -25,6 +25,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 import uvloop
 
+from nbdserver.admission import DESCRIPTORS_SHARE
 from nbdserver.config import VdiConfig
 from nbdserver.control import ControlServer
 from nbdserver.control_clients import ClientOperations
@@ -119,7 +120,7 @@ async def serve(
     """As `run`, inside a running loop that it takes the signals of."""
     stop, reload = asyncio.Event(), asyncio.Event()
     _on_signals(asyncio.get_running_loop(), stop, reload)
-    _raise_descriptor_limit()
+    _raise_descriptor_limit(plan.server.connections_max)
     tls = load_tls(plan.tls)
     if plan.swap:
         lock_memory()
@@ -293,10 +294,16 @@ def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, reload: as
     loop.add_signal_handler(RELOAD_SIGNAL, reload.set)
 
 
-def _raise_descriptor_limit() -> None:
+def _raise_descriptor_limit(connections_max: int) -> None:
     """Connections, segments and their copies all take descriptors; the soft limit is often only 1,024."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    LOG.info("descriptors: descriptors_max=%d, the soft limit was %d", hard, soft)
+    if connections_max > hard // DESCRIPTORS_SHARE:
+        _warn(
+            f"connections_max = {connections_max} is more than {hard} descriptors allow: {hard // DESCRIPTORS_SHARE}"
+            " connections are possible (LimitNOFILE= of the unit, ulimit -Hn)"
+        )
 
 
 def _tune_collector() -> None:

@@ -17,6 +17,10 @@ class ServerSettings:
     """Whether NBD_OPT_LIST names snapshots; they can be opened by name either way."""
     extended_headers: bool = True
     connections_max: int = 1024
+    client_connections_max: int = 512
+    """Of one client, by user or address (admission.py); 0 = no limit of its own."""
+    client_connects_per_second: float = 100.0
+    """New connections of one client, five seconds' worth at once; 0 = any number."""
     handshake_seconds: float = 10.0
     options_max: int = OPTIONS_MAX
     requests_in_flight_max: int = 128

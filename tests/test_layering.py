@@ -33,7 +33,14 @@ CONNECTION = {
     "nbdserver.connection",
     "nbdserver.settings",
 }
-SERVER = {"nbdserver.listening", "nbdserver.server", "nbdserver.config", "nbdserver.runtime", "nbdserver.systemd"}
+SERVER = {
+    "nbdserver.admission",
+    "nbdserver.listening",
+    "nbdserver.server",
+    "nbdserver.config",
+    "nbdserver.runtime",
+    "nbdserver.systemd",
+}
 CONTROL = {
     "nbdserver.operations",
     "nbdserver.control_data",
@@ -60,6 +67,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.complaints": set(),
     "nbdserver.turns": set(),
     "nbdserver.identity": set(),
+    "nbdserver.admission": {"nbdserver.settings"},
     "nbdserver.http_log": set(),
     "nbdserver.meters": WIRE,
     "nbdserver.slow": {"nbdserver.complaints", "nbdserver.meters"},
@@ -90,7 +98,12 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | {"nbdserver.common", "nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings"}
     | {"nbdserver.turns"},
     "nbdserver.listening": WIRE,
-    "nbdserver.server": WIRE | {"nbdserver.listening"} | MACHINES | CONNECTION | IDENTITY | {"nbdserver.tls"},
+    "nbdserver.server": WIRE
+    | {"nbdserver.listening"}
+    | MACHINES
+    | CONNECTION
+    | IDENTITY
+    | {"nbdserver.tls", "nbdserver.admission"},
     "nbdserver.config": {"nbdserver.server", "nbdserver.tls"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),
