@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from nbdserver.attach.command import add_attach, add_detach
 from nbdserver.cli_diff_arguments import add_diffs
-from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers
+from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers, add_trash
 from nbdserver.cli_server_arguments import add_client, add_top
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
@@ -69,6 +69,7 @@ def build_parser() -> Parser:
     )
     _add_common(commands.add_parser("reload", help="have the running server read its configuration again"))
     add_top(commands.add_parser("top", help="show what VDIs, clients and zones of a running server do"), _add_common)
+    _add_common(commands.add_parser("trash", help="list the deleted VDIs that can still be brought back"))
     zone = commands.add_parser("zone", help="list, add, drain, remove and replace zones")
     _add_zone_commands(zone.add_subparsers(dest="zone_command", metavar="COMMAND", required=True))
     status = commands.add_parser("status", help="show the health of a store and its zones")
@@ -239,6 +240,7 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         _argument(_operations),
         _argument(_bytes),
     )
+    add_trash(lambda command, what: commands.add_parser(command, help=what), _add_common, _add_force, _argument(_name))
     add_transfers(
         lambda command, what: commands.add_parser(command, help=what),
         _add_common,

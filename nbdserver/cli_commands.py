@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from nbdserver.tls import TlsSettings
 
 
-LIBRARY_COMMANDS: Final = ("attr", "limit", "download", "upload", "allocate", "flatten", "map", "diff")
+LIBRARY_COMMANDS: Final = frozenset(
+    ("attr", "limit", "download", "upload", "allocate", "flatten", "map", "diff", "undelete", "purge")
+)
 """Those of `vdi` that cli_library.py has."""
 
 
@@ -151,14 +153,14 @@ def administer(arguments: argparse.Namespace) -> None:
 
     _log(logging.WARNING)
     shown = getattr(arguments, "vdi_command", "") in ("list", "info", "snapshots", "tree")
-    looking = shown or arguments.command in ("status", "store")
+    looking = shown or arguments.command in ("status", "store", "trash")
     settings = StoreSettings() if config is None else config.store
     force = getattr(arguments, "force_open", False)
-    if arguments.command == "job" or getattr(arguments, "vdi_command", "") in LIBRARY_COMMANDS:
+    if arguments.command in ("job", "trash") or getattr(arguments, "vdi_command", "") in LIBRARY_COMMANDS:
         from nbdserver.cli_library import COMMANDS as LIBRARY
         from nbdserver.cli_library import open_library
 
-        with open_library(zones, settings, force=force) as store:
+        with open_library(zones, settings, force=force, read_only=looking) as store:
             LIBRARY[getattr(arguments, "vdi_command", arguments.command)](store, arguments)
         return
     if arguments.command == "client":

@@ -14,6 +14,7 @@ from nbdserver.cli_jobs import allocate, flatten, job
 from nbdserver.cli_output import limits_text, print_json
 from nbdserver.cli_progress import progress
 from nbdserver.cli_transfer import download, show_map, upload
+from nbdserver.cli_trash import purge, trash, undelete
 from nbdserver.control_client import ControlClient, NoServer
 from objstore.access import blocking
 from objstore.errors import Busy
@@ -22,12 +23,12 @@ from objstore.volume.settings import LIMIT_KINDS, StoreSettings
 
 @contextmanager
 def open_library(
-    zones: Sequence[Path], settings: StoreSettings, *, force: bool = False
+    zones: Sequence[Path], settings: StoreSettings, *, force: bool = False, read_only: bool = False
 ) -> Iterator[blocking.BlockingConnection]:
     """The store that has one of `zones`, as open_admin finds it."""
     deadline = time.monotonic() + WAIT_SECONDS
     with progress("waiting for the store"):
-        while (connection := _connect_or_open(zones, settings, force)) is None:
+        while (connection := _connect_or_open(zones, settings, force, read_only)) is None:
             if time.monotonic() > deadline:
                 raise Busy(f"zone {zones[0]} is in use by {holder(zones)} which does not answer")
             time.sleep(POLL_SECONDS)
@@ -35,12 +36,14 @@ def open_library(
         yield connection
 
 
-def _connect_or_open(zones: Sequence[Path], settings: StoreSettings, force: bool) -> blocking.BlockingConnection | None:
+def _connect_or_open(
+    zones: Sequence[Path], settings: StoreSettings, force: bool, read_only: bool
+) -> blocking.BlockingConnection | None:
     """None: the zones are locked, and their holder doesn't answer at the moment."""
     note = note_of(zones)
     if note is None:
         try:
-            return blocking.connect(resolve_zones(zones), settings=settings, force=force)
+            return blocking.connect(resolve_zones(zones), settings=settings, force=force, read_only=read_only)
         except Busy:
             return None
     if not note.control:
@@ -102,4 +105,7 @@ COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namesp
     "allocate": allocate,
     "flatten": flatten,
     "job": job,
+    "trash": trash,
+    "undelete": undelete,
+    "purge": purge,
 }

@@ -79,6 +79,23 @@ def add_jobs(commands: argparse.ArgumentParser, common: Add) -> None:
         common(parser)
 
 
+def add_trash(
+    add: Callable[[str, str], argparse.ArgumentParser], common: Add, force: Add, name: Callable[[str], str]
+) -> None:
+    """`vdi undelete|purge`."""
+    undelete = add("undelete", "bring a deleted VDI back from the trash")
+    purge = add("purge", "delete a VDI in the trash for good")
+    for parser in (undelete, purge):
+        parser.add_argument("name", metavar="NAME", type=name)
+        if parser is undelete:
+            parser.add_argument("new", metavar="NEW", nargs="?", type=name, help="another name (default: as before)")
+        parser.add_argument(
+            "--id", metavar="N", dest="vdi_id", type=int, help="which of several of that name (default: deleted last)"
+        )
+        common(parser)
+        force(parser)
+
+
 def add_attr(commands: argparse.ArgumentParser, common: Add, force: Add, name: Callable[[str], str]) -> None:
     """`vdi attr set|get|list|delete`."""
     kinds = commands.add_subparsers(dest="attr_command", metavar="COMMAND", required=True)

@@ -15,6 +15,7 @@ from objstore.volume.status import (
     ScrubStatus,
     SnapshotStatus,
     StoreInfo,
+    TrashStatus,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -98,6 +99,23 @@ def snapshot_table(snapshots: Sequence[SnapshotStatus]) -> str:
     rows = [
         (s.name, str(s.index), format_size(s.size_bytes), _moment(s.created), _snapshot_state(s), " ".join(s.clones))
         for s in snapshots
+    ]
+    return table([header, *rows])
+
+
+def trash_table(trash: Sequence[TrashStatus]) -> str:
+    """One line for each deleted VDI."""
+    header = ("NAME", "ID", "SIZE", "DELETED", "KEPT UNTIL", "SPACE")
+    rows = [
+        (
+            entry.name,
+            str(entry.vdi_id),
+            format_size(entry.size_bytes),
+            _moment(entry.deleted),
+            _moment(entry.kept_until),
+            format_size(entry.file_bytes),
+        )
+        for entry in trash
     ]
     return table([header, *rows])
 

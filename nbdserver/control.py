@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from nbdserver.control_data import AttributeOperations, AttributesOfVdis, JobOperations, JobsOfStore, Sessions
+from nbdserver.control_trash import StoreWithTrash, TrashHandlers
 from nbdserver.http_log import http_log
 from nbdserver.operations import describe, operation, operations, route
 from objstore.access.api import (
@@ -59,7 +60,7 @@ HTTP_LOG: Final = http_log(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class ControlledStore(VolumeSource, Protocol):
+class ControlledStore(VolumeSource, StoreWithTrash, Protocol):
     """What the control API needs of a store."""
 
     @property
@@ -118,7 +119,8 @@ class ControlServer:
         self._path: Path | None = None
         self._sessions = Sessions(store)
         store.holders.append(self._sessions)
-        owners = (self, AttributeOperations(store.attributes), JobOperations(store.jobs), self._sessions, *more)
+        parts = (AttributeOperations(store.attributes), JobOperations(store.jobs), TrashHandlers(store))
+        owners = (self, *parts, self._sessions, *more)
         handlers = [pair for owner in owners for pair in operations(owner)]
         self.operations = [found for found, _ in handlers]
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_errors_as_json])
@@ -185,7 +187,7 @@ class ControlServer:
 
     @operation("DELETE", "/v1/vdis/{name}")
     async def delete_vdi(self, name: str) -> None:
-        """Delete a VDI and its data for good."""
+        """Delete a VDI; where deleted VDIs are kept for a while it goes into the trash."""
         await self._store.delete_vdi(name)
 
     @operation("PUT", "/v1/vdis/{name}/name")

@@ -76,6 +76,13 @@ class NewSize(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reconnect: bool = False
 
 
+class Undelete(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A VDI to bring back. name: what it is to be called, null = as before. vdi_id: null = the last deleted one."""
+
+    name: str | None = None
+    vdi_id: int | None = None
+
+
 class Protection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether a snapshot is protected from deletion."""
 

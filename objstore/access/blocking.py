@@ -29,6 +29,7 @@ from objstore.volume.status import (
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
+    TrashStatus,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -222,6 +223,18 @@ class BlockingConnection:
     def delete(self, name: str) -> None:
         """See Connection."""
         self._runner.run(self._connection.delete(name))
+
+    def trash(self) -> Iterator[TrashStatus]:
+        """See Connection."""
+        return self._runner.each(self._connection.trash())
+
+    def undelete(self, name: str, new: str | None = None, *, vdi_id: int | None = None) -> VdiStatus:
+        """See Connection."""
+        return self._runner.run(self._connection.undelete(name, new, vdi_id=vdi_id))
+
+    def purge(self, name: str, *, vdi_id: int | None = None) -> None:
+        """See Connection."""
+        self._runner.run(self._connection.purge(name, vdi_id=vdi_id))
 
     def set_copies(self, name: str, copies: int) -> VdiStatus:
         """See Connection."""

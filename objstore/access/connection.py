@@ -13,6 +13,7 @@ from objstore.volume.status import (
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
+    TrashStatus,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -58,7 +59,21 @@ class Connection(ABC):
 
     @abstractmethod
     async def delete(self, name: str) -> None:
-        """Delete a VDI for good; its space comes back in the background. Busy: somebody has it open."""
+        """Delete a VDI; its space comes back in the background. Where deleted VDIs are kept for a while (the setting
+        trash_days) it goes into the trash. Busy: somebody has it open."""
+
+    @abstractmethod
+    def trash(self) -> AsyncIterator[TrashStatus]:
+        """The deleted VDIs that can still be brought back, the oldest first, with their space."""
+
+    @abstractmethod
+    async def undelete(self, name: str, new: str | None = None, *, vdi_id: int | None = None) -> VdiStatus:
+        """Bring a VDI back from the trash, under another name if `new` is given. vdi_id: which of those of that name;
+        default the one that was deleted last. NotFound; Exists: the name is taken."""
+
+    @abstractmethod
+    async def purge(self, name: str, *, vdi_id: int | None = None) -> None:
+        """Delete a VDI in the trash for good; its space comes back in the background. NotFound."""
 
     @abstractmethod
     async def set_copies(self, name: str, copies: int) -> VdiStatus:

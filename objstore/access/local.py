@@ -15,6 +15,7 @@ from objstore.volume.status import (
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
+    TrashStatus,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -64,6 +65,19 @@ class LocalConnection(Connection):
     async def delete(self, name: str) -> None:
         """See Connection."""
         await self.store.delete_vdi(name)
+
+    async def trash(self) -> AsyncIterator[TrashStatus]:
+        """See Connection."""
+        for entry in await self.store.trash():
+            yield entry
+
+    async def undelete(self, name: str, new: str | None = None, *, vdi_id: int | None = None) -> VdiStatus:
+        """See Connection."""
+        return await self.store.undelete(name, new, vdi_id=vdi_id)
+
+    async def purge(self, name: str, *, vdi_id: int | None = None) -> None:
+        """See Connection."""
+        await self.store.purge(name, vdi_id=vdi_id)
 
     async def set_copies(self, name: str, copies: int) -> VdiStatus:
         """See Connection."""

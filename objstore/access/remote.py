@@ -31,6 +31,7 @@ from objstore.access.api import (
     SetLimits,
     Status,
     TakeSnapshot,
+    Undelete,
     ZeroRange,
     ZoneChange,
     error_from_reply,
@@ -49,6 +50,7 @@ from objstore.volume.status import (
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
+    TrashStatus,
     VdiDamage,
     VdiStatus,
     ZoneStatus,
@@ -242,6 +244,21 @@ class RemoteConnection(Connection):
     async def delete(self, name: str) -> None:
         """See Connection."""
         await self.http.tell("DELETE", _path(name))
+
+    async def trash(self) -> AsyncIterator[TrashStatus]:
+        """See Connection."""
+        for entry in await self.http.ask("GET", "/v1/trash", list[TrashStatus]):
+            yield entry
+
+    async def undelete(self, name: str, new: str | None = None, *, vdi_id: int | None = None) -> VdiStatus:
+        """See Connection."""
+        wanted = Undelete(name=new, vdi_id=vdi_id)
+        return await self.http.ask("POST", f"/v1/trash/{quote(name, safe='')}/undelete", VdiStatus, wanted)
+
+    async def purge(self, name: str, *, vdi_id: int | None = None) -> None:
+        """See Connection."""
+        query = {} if vdi_id is None else {"vdi_id": vdi_id}
+        await self.http.tell("DELETE", f"/v1/trash/{quote(name, safe='')}", query=query)
 
     async def set_copies(self, name: str, copies: int) -> VdiStatus:
         """See Connection."""

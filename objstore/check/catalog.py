@@ -1,5 +1,6 @@
 """The catalog: a snapshot, then the entries of log 0 behind it (FORMAT.md, Catalog)."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -24,7 +25,7 @@ JOB_STATES: Final = frozenset({"running", "done", "failed", "aborted"})
 
 class Vdi(NamedTuple):
     """A VDI as the catalog describes it. base: id of the snapshot that it is a clone of, 0 = none; hidden: it was
-    deleted, its snapshots were not."""
+    deleted, its snapshots were not, or it is in the trash."""
 
     name: str
     log: int
@@ -80,6 +81,8 @@ class Catalog:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     attributes: dict[tuple[int, str], bytes] = field(default_factory=dict)
     """By VDI and name."""
+    trash: set[int] = field(default_factory=set)
+    """VDIs that are hidden and whose contents stay."""
     clean: bool = False
 
     def apply(self, entry: Mapping[str, Any]) -> None:
@@ -96,6 +99,9 @@ class Catalog:
             self.heads.pop(vdi.log, None)
             self.garbage.add(vdi.log)
             self._drop_attributes(fields["vdi_id"])
+            self.trash.discard(fields["vdi_id"])
+        elif kind == "trash":
+            self._note_trash(fields)
         elif kind == "head":
             self._add_head(fields)
         elif kind == "purged":
@@ -129,8 +135,21 @@ class Catalog:
             raise Damaged(f"weight of a VDI is {fields['weight']!r}")
         self.vdis[member(fields, "vdi_id", int)] = Vdi(name, log, size_bytes, copies, base, hidden, former)
         self.next_log = max(self.next_log, log + 1)
-        if hidden:
+        if not hidden:
+            self.trash.discard(fields["vdi_id"])
+        elif fields["vdi_id"] not in self.trash:
             self._drop_attributes(fields["vdi_id"])
+
+    def _note_trash(self, fields: dict[str, Any]) -> None:
+        number = member(fields, "vdi_id", int)
+        times = [fields.get(name) for name in ("deleted", "kept_until")]
+        if number not in self.vdis or not all(isinstance(time, int | float) for time in times):
+            raise Damaged(f"the catalog describes what is in the trash as {fields!r:.200}")
+        if times[1]:
+            self.trash.add(number)
+        else:
+            self.trash.discard(number)
+            self._drop_attributes(number)
 
     def _note_job(self, fields: dict[str, Any]) -> None:
         done, length = member(fields, "bytes_done", int), member(fields, "length_bytes", int)
@@ -149,7 +168,7 @@ class Catalog:
             raise Damaged(f"the catalog describes an attribute as {fields!r:.200}")
         if value is None:
             self.attributes.pop((number, name), None)
-        elif number in self.vdis and not self.vdis[number].hidden:
+        elif number in self.vdis and (number in self.trash or not self.vdis[number].hidden):
             self.attributes[number, name] = value
 
     def _drop_attributes(self, number: int) -> None:
@@ -170,6 +189,9 @@ class Catalog:
         for snapshot in self.snapshots.values():
             if snapshot.log not in logs or snapshot.vdi not in self.vdis:
                 return f"the snapshot of log {snapshot.log} at checkpoint {snapshot.checkpoint} belongs to no VDI"
+        for number in self.trash:
+            if not self.vdis[number].hidden:
+                return f"VDI {self.vdis[number].name} is in the trash and can be opened"
         for vdi in self.vdis.values():
             if vdi.base and vdi.base not in self.snapshots:
                 return f"VDI {vdi.name} is a clone of snapshot {vdi.base}, which does not exist"
@@ -242,7 +264,8 @@ def snapshot(data: bytes, store: bytes, number: int) -> Catalog:
             if not isinstance(entry, dict):
                 raise Damaged(f"the snapshot has {entry!r} in {name}")
             found.apply(entry)
-    for entry in [*fields.get("snapshots", []), *fields.get("attributes", []), *fields.get("jobs", [])]:
+    lists = (fields.get(name, []) for name in ("trash", "snapshots", "attributes", "jobs"))
+    for entry in itertools.chain.from_iterable(lists):
         if not isinstance(entry, dict):
             raise Damaged(f"the snapshot has {entry!r} in snapshots")
         found.apply(entry)

@@ -20,10 +20,10 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaul
     """A VDI is created (or its description replaced).
 
     base: the snapshot whose map its own began with, 0 = it began empty. hidden: it was deleted, its name is free, but
-    its log stays for its snapshots. emptied: and its own data is discarded already. suspended: why nobody may open it;
-    "" = anybody may. former_bytes: it was so large, and what lies between its size and there is not discarded yet; 0 =
-    it is. limits: of what its clients may do, by objstore.volume.settings.LIMIT_KINDS. weight: of
-    this VDI when several want more than there is.
+    its log stays for its snapshots, or it is in the trash. emptied: and its own data is discarded already. suspended:
+    why nobody may open it; "" = anybody may. former_bytes: it was so large, and what lies between its size and there is
+    not discarded yet; 0 = it is. limits: of what its clients may do, by objstore.volume.settings.LIMIT_KINDS.
+    weight: of this VDI when several want more than there is.
     """
 
     vdi_id: int
@@ -41,6 +41,15 @@ class VdiEntry(msgspec.Struct, frozen=True, tag="vdi", kw_only=True, omit_defaul
     former_bytes: int = 0
     limits: dict[str, Limit] = {}
     weight: int = 100
+
+
+class TrashEntry(msgspec.Struct, frozen=True, tag="trash", kw_only=True):
+    """A VDI that is hidden, or is hidden in the same record, came into the trash at the Unix time `deleted`, and is to
+    leave it at `kept_until`; 0.0: it is not there any more. A VDI that is not hidden is not there."""
+
+    vdi_id: int
+    deleted: float
+    kept_until: float
 
 
 class DeleteEntry(msgspec.Struct, frozen=True, tag="delete", kw_only=True):
@@ -162,6 +171,7 @@ class StopEntry(msgspec.Struct, frozen=True, tag="stop", kw_only=True):
 
 Entry: TypeAlias = (
     VdiEntry
+    | TrashEntry
     | DeleteEntry
     | HeadEntry
     | PurgedEntry
@@ -189,14 +199,21 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     jobs: list[JobEntry] = []
     next_job: int = 1
     damage: list[DamageEntry] = []
+    trash: list[TrashEntry] = []
 
 
 _ENTRY = msgspec.msgpack.Decoder(Entry)
 
 
+def _encoded(value: Entry | Snapshot) -> bytes:
+    """As msgpack. By way of plain values: a record of more than 15 members would get the header of a long map, even
+    where most of them are left out, and its bytes would change with the members that later versions know."""
+    return msgspec.msgpack.encode(msgspec.to_builtins(value, builtin_types=(bytes,)))
+
+
 def encode_entry(entry: Entry) -> tuple[bytes, int]:
     """(the entry padded to whole blocks, its length in bytes)."""
-    data = msgspec.msgpack.encode(entry)
+    data = _encoded(entry)
     return data.ljust(-(-len(data) // BLOCK_BYTES) * BLOCK_BYTES, b"\0"), len(data)
 
 
@@ -211,7 +228,7 @@ def decode_entry(data: bytes | memoryview, length_bytes: int) -> Entry:
 
 def encode_snapshot(snapshot: Snapshot, store_id: bytes, number: int) -> bytes:
     """16 bytes store, 4 number, 4 CRC32C over store, number and body, then the body."""
-    body = msgspec.msgpack.encode(snapshot)
+    body = _encoded(snapshot)
     identity = store_id + number.to_bytes(4, "little")
     return identity + crc32c(identity + body).to_bytes(4, "little") + body
 

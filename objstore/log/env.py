@@ -123,6 +123,8 @@ class Env:
         self.dirty_bytes = 0
         self.dirty_bytes_max = settings.dirty_bytes_max
         self.reserved_bytes: Callable[[int], int] = lambda log: 0
+        self.space_hint: Callable[[], str] = lambda: ""
+        """What to say to people whose store is full, behind the error."""
         """Space that the preallocated VDIs other than the one of that log still have a right to, in each zone."""
         self.reserve_bytes = RESERVE_SEGMENTS * settings.segment_bytes + settings.dirty_bytes_max
         self.requests = 0

@@ -404,7 +404,9 @@ class LogWriter:
             except StoreError as error:
                 await env.put_out(z, error)
         if min(free, default=0) < reserve_bytes:
-            raise NoSpace(f"the zones are full: free_bytes={min(free, default=0)} reserve_bytes={reserve_bytes}")
+            raise NoSpace(
+                f"the zones are full{env.space_hint()}: free_bytes={min(free, default=0)} reserve_bytes={reserve_bytes}"
+            )
         self.scarce = False
 
     def _prepare(self, reserve_bytes: int) -> None:
@@ -507,7 +509,7 @@ class LogWriter:
             else:
                 await env.put_out(zone, error)
         if full is not None and not self._full.keys().isdisjoint(self._placed(self.next_number)):
-            raise NoSpace(f"{full}")
+            raise NoSpace(f"{full}{self.env.space_hint()}")
         return None
 
     def _discard(self, segment: Segment) -> None:

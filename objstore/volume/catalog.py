@@ -22,6 +22,7 @@ from objstore.format.catalog import (
     SnapshotDeleteEntry,
     SnapshotEntry,
     StopEntry,
+    TrashEntry,
     VdiEntry,
     decode_entry,
     decode_snapshot,
@@ -63,8 +64,8 @@ class CatalogState:
     """The catalog's contents: a pure function of its entries.
 
     names: of the VDIs that were not deleted; vdis has the hidden ones too. owners: log -> the VDI whose log it is.
-    snapshots: by their ids. attributes: by VDI and name. What is asked for often is looked up, not searched for: there
-    may be thousands of VDIs with tens of snapshots each.
+    snapshots: by their ids. trash: by VDI. attributes: by VDI and name. What is asked for often is looked up, not
+    searched for: there may be thousands of VDIs with tens of snapshots each.
     """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
@@ -83,6 +84,7 @@ class CatalogState:
         self.next_snapshot = snapshot.next_snapshot if snapshot else 1
         for entry in snapshot.snapshots if snapshot else ():
             self._set_snapshot(entry)
+        self.trash: dict[int, TrashEntry] = {kept.vdi_id: kept for kept in snapshot.trash} if snapshot else {}
         self.attributes: dict[int, dict[str, bytes]] = {}
         for attribute in snapshot.attributes if snapshot else ():
             self._set_attribute(attribute)
@@ -103,7 +105,8 @@ class CatalogState:
             self.owners[entry.log] = entry.vdi_id
             if not entry.hidden:
                 self.names[entry.name] = entry.vdi_id
-            else:
+                self.trash.pop(entry.vdi_id, None)
+            elif entry.vdi_id not in self.trash:
                 self.attributes.pop(entry.vdi_id, None)
             self.next_log = max(self.next_log, entry.log + 1)
             self.next_vdi = max(self.next_vdi, entry.vdi_id + 1)
@@ -112,9 +115,15 @@ class CatalogState:
             gone = self.vdis.pop(entry.vdi_id)
             del self.owners[gone.log]
             self.attributes.pop(entry.vdi_id, None)
+            self.trash.pop(entry.vdi_id, None)
             self.heads.pop(gone.log, None)
             self.damage.pop(gone.log, None)
             self.garbage.add(gone.log)
+        elif isinstance(entry, TrashEntry):
+            self.trash[entry.vdi_id] = entry
+            if not entry.kept_until:
+                del self.trash[entry.vdi_id]
+                self.attributes.pop(entry.vdi_id, None)
         elif isinstance(entry, HeadEntry):
             self.heads[entry.log] = entry
         elif isinstance(entry, PurgedEntry):
@@ -137,7 +146,8 @@ class CatalogState:
 
     def _set_attribute(self, entry: AttributeEntry) -> None:
         """Of a VDI that was deleted meanwhile: nothing (FORMAT.md, "Catalog")."""
-        if entry.vdi_id not in self.vdis or self.vdis[entry.vdi_id].hidden:
+        vdi = self.vdis.get(entry.vdi_id)
+        if vdi is None or (vdi.hidden and vdi.vdi_id not in self.trash):
             return
         attributes = self.attributes.setdefault(entry.vdi_id, {})
         if entry.value is None:
@@ -215,6 +225,7 @@ class CatalogState:
                 for name, value in attributes.items()
             ],
             damage=list(self.damage.values()),
+            trash=list(self.trash.values()),
         )
 
 

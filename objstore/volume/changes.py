@@ -38,17 +38,21 @@ class ChangeOperations(CloneOperations):
         return self.vdi(new)
 
     async def _rename(self, vdi_id: int, new: str) -> None:
-        state = self.catalog.state
         async with self._change:
             entry = self._entry_of(vdi_id)
-            ours = [s for s in state.snapshots_of(vdi_id) if not s.hidden]
-            for other in state.snapshots_named(new):
-                if any(other.index == s.index or (s.tag and s.tag == other.tag) for s in ours):
-                    raise Exists(f"a deleted VDI has left a snapshot {self.snapshot_name(other)}")
+            self._check_snapshots_fit(vdi_id, new)
             await self.catalog.commit(replace(entry, name=new))
         vdi = self._open.get(vdi_id)
         if vdi is not None:
             vdi.name = new
+
+    def _check_snapshots_fit(self, vdi_id: int, new: str) -> None:
+        """Exists: one of the VDI's snapshots would be called as another one is, if it had that name."""
+        state = self.catalog.state
+        ours = [s for s in state.snapshots_of(vdi_id) if not s.hidden]
+        for other in state.snapshots_named(new):
+            if any(other.index == s.index or (s.tag and s.tag == other.tag) for s in ours):
+                raise Exists(f"a deleted VDI has left a snapshot {self.snapshot_name(other)}")
 
     # -- resizing -----------------------------------------------------------------------------------------------
 

@@ -72,7 +72,8 @@ class OpenVdis:
         while True:
             entry = self._entry(name)
             vdi = await self._vdi(entry)
-            if self._open.get(entry.vdi_id) is vdi:  # else it was closed, or rolled back, in the same moment
+            # Meanwhile it may have been closed, rolled back or deleted.
+            if self._open.get(entry.vdi_id) is vdi and self._entry(name).vdi_id == entry.vdi_id:
                 break
         refused = self.refused(self.catalog.state.vdis[entry.vdi_id])
         if refused:

@@ -27,6 +27,7 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "scrub_days": (0.0, 366.0),
     "recovery_bytes_max": (0, 1 * TIB),
     "min_copies": (0, 64),
+    "trash_days": (0.0, 3660.0),
 }
 
 
@@ -42,6 +43,7 @@ class StoreSettings:
     recovery_bytes_max: bytes a second that recovery copies at most; 0 = as fast as the zones allow.
     scrub_days: every copy of everything is read and checked once in so many days; 0 = only when asked for.
     zone_deadline_seconds: a zone that owes data longer than this is put out, if enough others are there.
+    trash_days: a VDI that is deleted is kept in the trash for so many days; 0 = it is deleted for good at once.
     write_wait_seconds: where too few zones are left, writes wait so long for one to come back before they fail.
     min_copies: a VDI takes writes while so many of its copies are in service; 0 = one less than its copies, at least 1.
     Raises InvalidRequest, naming the field and its range.
@@ -55,6 +57,7 @@ class StoreSettings:
     scrub_days: float = 14.0
     recovery_bytes_max: int = 0
     min_copies: int = 0
+    trash_days: float = 0.0
     zone_deadline_seconds: float = 5.0
     write_wait_seconds: float = 30.0
 

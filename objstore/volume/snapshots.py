@@ -246,7 +246,8 @@ class SnapshotOperations(OpenVdis):
         while found:
             found = False
             for vdi in state.vdis.values():
-                if vdi.hidden and vdi.vdi_id not in vdis and not self._needed(vdi, vdis, snapshots):
+                kept = vdi.vdi_id in vdis or vdi.vdi_id in state.trash
+                if vdi.hidden and not kept and not self._needed(vdi, vdis, snapshots):
                     vdis.add(vdi.vdi_id)
                     found = True
             for snapshot in state.snapshots.values():
@@ -301,12 +302,17 @@ class SnapshotOperations(OpenVdis):
 
     def _unseen(self, vdi: VdiEntry) -> bool:
         """Whether nobody sees anything of a VDI: it is there for what others share with it."""
-        return vdi.hidden and all(snapshot.hidden for snapshot in self.catalog.state.snapshots_in(vdi.log))
+        state = self.catalog.state
+        if not vdi.hidden or vdi.vdi_id in state.trash:
+            return False
+        return all(snapshot.hidden for snapshot in state.snapshots_in(vdi.log))
 
     def _described(self, clone: VdiEntry) -> str:
         """A clone for people: what of it is left if it was deleted."""
         if not clone.hidden:
             return clone.name
+        if clone.vdi_id in self.catalog.state.trash:
+            return f"{clone.name} (in the trash)"
         return ", ".join(self.snapshot_name(s) for s in self.catalog.state.snapshots_in(clone.log)) or clone.name
 
     def _is_idle(self, entry: VdiEntry, going: Collection[VdiEntry]) -> bool:
@@ -361,6 +367,8 @@ class SnapshotOperations(OpenVdis):
     def resume_work(self) -> None:
         """Go on with what a former process left undone."""
         for entry in self.catalog.state.vdis.values():
+            if entry.vdi_id in self.catalog.state.trash:
+                continue
             if entry.hidden and not entry.emptied:
                 self._begin(self._empty(entry))
             elif entry.former_bytes and not entry.hidden:

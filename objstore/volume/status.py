@@ -54,6 +54,25 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Its part of what the server can do, relative to that of others."""
 
 
+class TrashStatus(Struct, frozen=True, kw_only=True):
+    """A deleted VDI that can still be brought back."""
+
+    name: str
+    vdi_id: int
+    """Tells those of one name apart."""
+    size_bytes: int
+    copies: int
+    created: float
+    """Unix time in seconds."""
+    deleted: float
+    """Unix time in seconds."""
+    kept_until: float
+    """Unix time in seconds; then it is deleted for good."""
+    file_bytes: int
+    """Bytes of its files in the zones that are in service, all copies; what its snapshots or clones need among them
+    stays when it goes."""
+
+
 class SnapshotStatus(Struct, frozen=True, kw_only=True):
     """One snapshot."""
 

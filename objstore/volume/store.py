@@ -15,7 +15,6 @@ from objstore.backend.base import Backend, ZoneFailed
 from objstore.backend.directory import DirectoryBackend
 from objstore.clock import Clock, SystemClock
 from objstore.errors import (
-    Busy,
     InvalidRequest,
     NoSpace,
     NotFound,
@@ -37,7 +36,6 @@ from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
 from objstore.volume.clones import COPIES_DEFAULT_MAX
 from objstore.volume.directories import make_directories, other_zones
-from objstore.volume.flatten import FlattenOperations
 from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
 from objstore.volume.limits import Limits
@@ -45,7 +43,6 @@ from objstore.volume.opening import min_copies, purge_log
 from objstore.volume.recovery import Recovery
 from objstore.volume.scrub import Scrub
 from objstore.volume.settings import MODES, StoreSettings, check_mode
-from objstore.volume.snapshots import Removal
 from objstore.volume.starting import Started, start_store
 from objstore.volume.status import (
     DamagedRange,
@@ -59,6 +56,7 @@ from objstore.volume.status import (
     VdiStatus,
 )
 from objstore.volume.summary import store_status
+from objstore.volume.trash import TrashOperations
 from objstore.volume.vdi import Vdi
 from objstore.volume.zones import Reopen, Zones
 
@@ -69,7 +67,7 @@ BALLAST_BYTES: Final = 32 << 20
 when other programs have filled the file system to the last byte."""
 
 
-class Store(FlattenOperations):
+class Store(TrashOperations):
     """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:
@@ -172,50 +170,10 @@ class Store(FlattenOperations):
         for zone in (self.env.zones[z] for z in sorted(self.env.in_service)):
             free = await run(self.env.executor, zone.index, zone.backend.free_bytes)
             if free - self.env.reserve_bytes < size_bytes:
-                raise NoSpace(f"{zone!r} has {format_size(free)} free, too little to reserve {format_size(size_bytes)}")
-
-    async def delete_vdi(self, name: str) -> None:
-        """Delete a VDI; its space comes back in the background. Its snapshots stay, and what they need. NotFound; Busy:
-        it is attached."""
-        entry = self._entry(name)
-        while under_way := self._opening.get(entry.vdi_id) or self._closing.get(entry.vdi_id):
-            await asyncio.wait([under_way])
-            entry = self._entry(name)  # somebody else may have deleted it meanwhile
-        vdi = self._open.get(entry.vdi_id)
-        if vdi is not None and vdi.attached:
-            raise Busy(f"VDI {name!r} is attached by {vdi.attached} connections")
-        self._deleting.add(entry.vdi_id)
-        await self._own(self._delete(entry))
-
-    async def _delete(self, entry: VdiEntry) -> None:
-        state = self.catalog.state
-        closing = {entry.vdi_id}
-        removal: Removal | None = None
-        try:
-            while True:
-                async with self._change:
-                    now = state.vdis[entry.vdi_id]
-                    if self._needed(now):
-                        hidden = msgspec.structs.replace(now, hidden=True, prealloc=False)
-                        await self.catalog.commit(hidden)
-                        break
-                    removal = Removal(self, *self._left_over({entry.vdi_id}, set()))
-                    closing.update(vdi.vdi_id for vdi in removal.vdis)
-                    self._deleting |= closing
-                    if all(self._is_idle(vdi, removal.vdis) for vdi in removal.vdis):
-                        await self.catalog.commit(*removal.entries)
-                        break
-                await self._until_idle(removal.vdis)
-                removal = None
-        finally:
-            self._deleting -= closing
-        if removal is not None:
-            self._removed(removal)
-            return
-        vdi = self._open.get(entry.vdi_id)
-        if vdi is not None:
-            vdi.prealloc = False
-        self._begin(self._empty(hidden))
+                raise NoSpace(
+                    f"{zone!r} has {format_size(free)} free, too little to reserve {format_size(size_bytes)}"
+                    + self.env.space_hint()
+                )
 
     async def _gone(self, entry: VdiEntry) -> None:
         self._failed.pop(entry.vdi_id, None)
@@ -407,7 +365,7 @@ class Store(FlattenOperations):
             raise OutOfRange(f"past the end offset={offset_bytes} length={length_bytes} size={entry.size_bytes}")
 
         async def step(offset: int, length: int) -> int:
-            if self.leaving(entry.vdi_id):
+            if self.leaving(entry.vdi_id) or self.catalog.state.vdis[entry.vdi_id].hidden:
                 raise NotFound(f"VDI {name!r} is being deleted")
             async with self.using(self.catalog.state.vdis[entry.vdi_id]) as vdi:
                 return await vdi.allocate(offset, length)
@@ -428,6 +386,7 @@ class Store(FlattenOperations):
         self._stopping = True
         env = self.env
         failed: list[str] = []
+        self.stop_trash()
         await self.jobs.close()
         self.recovery.stop()  # from here on it is refused VDIs, and must not take that for nothing to do
         await self.zones.close()

@@ -439,7 +439,7 @@ class Vdi(Reading):
             raise Unavailable("no zone says how much space it has")
         missing = int((length_bytes - (self.disk.loose_live << BLOCK_SHIFT)) * RESERVED_OVERHEAD)
         if min(free) - self._reserve() < missing:
-            raise NoSpace(f"the zones can't hold it: free_bytes={min(free)} needed_bytes={missing}")
+            raise NoSpace(f"the zones can't hold it{env.space_hint()}: free_bytes={min(free)} needed_bytes={missing}")
 
     async def _zeroed(self, offset_bytes: int, length_bytes: int) -> tuple[int, int, memoryview]:
         """One block with a part of it zeroed, as a piece of `_append`."""

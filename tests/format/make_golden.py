@@ -22,6 +22,7 @@ from objstore.format.catalog import (
     Snapshot,
     StopEntry,
     TailRow,
+    TrashEntry,
     VdiEntry,
     encode_entry,
     encode_snapshot,
@@ -76,6 +77,7 @@ VDI = VdiEntry(
     vdi_id=2, name="größe", log=LOG, size_bytes=1 << 40, copies=2, mode="writeback", created=1.5, prealloc=True
 )
 SUSPENDED = msgspec.structs.replace(VDI, suspended="zurück", former_bytes=1 << 41)
+TRASH = TrashEntry(vdi_id=2, deleted=1.5, kept_until=86401.5)
 HEAD = HeadEntry(
     log=LOG,
     generation=GENERATION,
@@ -219,6 +221,7 @@ def make_all() -> dict[str, bytes]:
         "catalog-notes-snapshot": encode_snapshot(NOTES_SNAPSHOT, STORE_ID, 7),
         "catalog-snapshot": encode_snapshot(SNAPSHOT, STORE_ID, 6),
         "catalog-suspended": encode_entry(SUSPENDED)[0],
+        "catalog-trash": encode_entry(TRASH)[0],
     }
 
 

@@ -182,6 +182,14 @@ def test_a_vdi_that_was_changed_by_force() -> None:
     )
 
 
+def test_a_vdi_in_the_trash() -> None:
+    data = stored("catalog-trash")
+    length = encode_entry(golden.TRASH)[1]
+    assert decode_entry(data, length) == golden.TRASH
+    plain = msgspec.msgpack.decode(data[:length])
+    assert plain == {"type": "trash", "vdi_id": 2, "deleted": 1.5, "kept_until": 86401.5}
+
+
 def test_catalog_snapshot() -> None:
     data = stored("catalog-snapshot")
     assert decode_snapshot(data, golden.STORE_ID, 6) == golden.SNAPSHOT

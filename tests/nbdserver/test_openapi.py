@@ -20,6 +20,7 @@ from nbdserver.control_clients import ClientOperations
 from nbdserver.server import Server
 from objstore.access.api import ServerStatus
 from objstore.units import MIB
+from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_store
 
 SESSION, HANDLE = "the session", "a handle"
@@ -39,6 +40,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "get_snapshot": {"name": "disk@old"},
     "protect_snapshot": {"name": "disk@old", "body": {"protected": False}},
     "delete_snapshot": {"name": "disk@old"},
+    "undelete": {"name": "gone", "body": {"name": "back", "vdi_id": None}},
+    "purge": {"name": "away"},
     "set_copies": {"name": "disk", "body": {"copies": 1}},
     "set_limits": {"name": "disk", "body": {"limits": {"iops": {"rate": 500, "burst": 1000}}}},
     "set_recovery_rate": {"body": {"bytes_per_second_max": MIB}},
@@ -68,7 +71,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await open_store([tmp_path / "a", tmp_path / "b"], create=True)
+    settings = StoreSettings(trash_days=1.0)
+    store = await open_store([tmp_path / "a", tmp_path / "b"], settings=settings, create=True)
+    for name in ("gone", "away"):
+        await store.create_vdi(name, MIB)
+        await store.delete_vdi(name)
     await store.create_vdi("disk", 4 * MIB)
     await store.attributes.set("disk", "kept", b"value")
 

@@ -10,6 +10,7 @@ import pytest
 import objstore
 from nbdserver.control import ControlServer
 from objstore.access.api import ServerStatus
+from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_store
 
 KINDS = ("local", "remote")
@@ -28,9 +29,9 @@ def socket_path() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def serving(zones: list[Path], socket_path: Path) -> AsyncIterator[Store]:
+async def serving(zones: list[Path], socket_path: Path, settings: StoreSettings | None = None) -> AsyncIterator[Store]:
     """A store with a control server, in this loop."""
-    store = await open_store(zones, create=True)
+    store = await open_store(zones, settings=settings, create=True)
     server = ControlServer(store, lambda: ServerStatus(pid=1, listen=[], clients=0))
     try:
         await server.start(socket_path)
