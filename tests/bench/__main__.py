@@ -23,8 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, faults, fio, library, lives, metered, ours, report, tls
-from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, TLS, FioCase
+from tests.bench import copies, faults, fio, library, lives, metered, ours, quality, report, tls
+from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, QUALITY_CASES, TLS, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
 from tests.bench.sizes import size
@@ -44,6 +44,7 @@ RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
 LIBRARY_RATIO_MIN = 2.0
 METRICS_RATIO_MAX: Final = 1.03
 TLS_RATIO_MIN = 0.7
+LIMIT_ERROR_MAX, SHARE_RATIO_MIN, READ_P99_RATIO_MAX = 0.05, 0.9, 3.0
 PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
 SNAPSHOT_RATIO_MAX, SNAPSHOT_SECONDS_MAX = 1.2, 0.05
 AFTER_SNAPSHOT_RATIO_MIN, CHAIN_RATIO_MIN = 0.9, 0.95
@@ -331,6 +332,24 @@ class Bench:
         self.singles.append(Single("many rss", text, "500 MiB", peak <= MANY_RSS_BYTES_MAX, asdict(result)))
         say(f"many rss: {text}")
 
+    def run_limits(self) -> None:
+        for kind, parts in quality.limits(self.apart, self.options.rounds).items():
+            middle = statistics.median(parts)
+            text = f"{_spread(parts, 1000)} thousandths of the limit over {quality.LIMIT_SECONDS:g} s"
+            met = abs(middle - 1) <= LIMIT_ERROR_MAX
+            self.singles.append(Single(f"limit {kind}", text, "950 to 1050", met, {"parts": parts}))
+            say(f"limit {kind}: {text}")
+
+    def run_shares(self) -> None:
+        result = quality.shares(self.apart, self.options.rounds, self.options.seconds)
+        text = (
+            f"{_spread(result.beside, 1e-3)} k/s beside {_spread(result.hammer, 1e-3)} k/s,"
+            f" {result.of_share:.2f} times half of {_spread(result.alone, 1e-3)} k/s alone"
+        )
+        self._ratio("shares", text, result.of_share, SHARE_RATIO_MIN, data=asdict(result))
+        text = f"{_spread(result.p99_beside, 1e6)} us, {_spread(result.p99_idle, 1e6)} us without writes"
+        self._ratio("read-p99-beside-writes", text, result.p99_ratio, READ_P99_RATIO_MAX, most=True)
+
     def run_metrics(self) -> None:
         port = metered.free_port()
         servers = [
@@ -396,11 +415,13 @@ class Bench:
                 "clone-chain": self.run_chain,
                 "discard": self.run_discard,
                 "many": self.run_many,
+                "limits": self.run_limits,
+                "shares": self.run_shares,
             }
-            for case in (*COPIES_CASES, *LIVES_CASES):
+            for case in (*COPIES_CASES, *LIVES_CASES, *QUALITY_CASES):
                 if case in wanted:
                     runs[case]()
-        elif wanted & {"open-crash", "open-long", "space", *COPIES_CASES, *LIVES_CASES}:
+        elif wanted & {"open-crash", "open-long", "space", *COPIES_CASES, *LIVES_CASES, *QUALITY_CASES}:
             say(f"{self.ours} keeps nothing: what looks into its store is left out")
 
     def close(self) -> None:

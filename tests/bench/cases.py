@@ -108,6 +108,7 @@ CPU: Final = "cpu"
 CPU_CASES: Final = ("read-qd1", "read-qd32", "write-qd1", "write-qd32")
 COPIES_CASES: Final = ("scrub", "recovery", "degraded", "pause", "library", "metrics")
 TLS: Final = "tls"
+QUALITY_CASES: Final = ("limits", "shares")
 LIVES_CASES: Final = ("snapshot", "clone-chain", "discard", "many")
 NAMES: Final = (
     *(case.name for case in FIO_CASES),
@@ -119,5 +120,6 @@ NAMES: Final = (
     "rss",
     *COPIES_CASES,
     *LIVES_CASES,
+    *QUALITY_CASES,
     TLS,
 )

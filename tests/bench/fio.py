@@ -32,6 +32,8 @@ class Measurement:
     p50_seconds: float
     p99_seconds: float
     cpu_seconds_per_request: float
+    all_requests_per_second: float
+    """In both directions."""
 
     def value(self, case: FioCase) -> float:
         return self.bytes_per_second / 1e6 if case.in_megabytes else self.requests_per_second
@@ -75,6 +77,7 @@ def run(server: Server, options: dict[str, str], tls: TlsClient | None = None) -
         p50_seconds=percentiles["50.000000"] / 1e9,
         p99_seconds=percentiles["99.000000"] / 1e9,
         cpu_seconds_per_request=cpu / requests,
+        all_requests_per_second=sum(each["total_ios"] / (each["runtime"] / 1e3) for each in directions),
     )
 
 
