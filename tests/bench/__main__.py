@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, faults, fio, library, lives, metered, ours, quality, report, tls
+from tests.bench import copies, faults, fio, hostile, library, lives, metered, ours, quality, report, tls
 from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, QUALITY_CASES, TLS, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
@@ -43,6 +43,7 @@ SCRUB_RATIO_MIN, SCRUB_P99_RATIO_MAX = 0.7, 1.2
 RECOVERY_RATIO_MIN, RECOVERY_P99_RATIO_MAX = 0.6, 2.0
 LIBRARY_RATIO_MIN = 2.0
 METRICS_RATIO_MAX: Final = 1.03
+HOSTILE_RATIO_MIN: Final = 0.9
 TLS_RATIO_MIN = 0.7
 LIMIT_ERROR_MAX, SHARE_RATIO_MIN, READ_P99_RATIO_MAX = 0.05, 0.9, 3.0
 PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
@@ -350,6 +351,28 @@ class Bench:
         text = f"{_spread(result.p99_beside, 1e6)} us, {_spread(result.p99_idle, 1e6)} us without writes"
         self._ratio("read-p99-beside-writes", text, result.p99_ratio, READ_P99_RATIO_MAX, most=True)
 
+    def run_hostile(self) -> None:
+        apart = self.apart
+        ports = (metered.free_port(), metered.free_port())
+        servers = [
+            Server(
+                metered.kind(apart.kind, ["--listen", f"tcp://127.0.0.1:{port}"], busy_poll=True),
+                self.data / name,
+                apart.socket.with_name(name),
+                apart.size_bytes,
+            )
+            for name, port in zip(("attacked", "spared"), ports, strict=True)
+        ]
+        try:
+            result = hostile.compare(servers[0], servers[1], ports, self.options.rounds, self.options.seconds)
+        finally:
+            for server in servers:
+                server.stop()
+        for load in hostile.LOADS:
+            values = [_spread(each[load], 1e-3) for each in (result.attacked, result.spared)]
+            text = f"{values[0]} k/s while others attack the server, {values[1]} while they attack another one"
+            self._ratio(f"hostile-{load}", text, result.ratio(load), HOSTILE_RATIO_MIN, data=asdict(result))
+
     def run_metrics(self) -> None:
         port = metered.free_port()
         servers = [
@@ -411,6 +434,7 @@ class Bench:
                 "pause": self.run_pause,
                 "library": self.run_library,
                 "metrics": self.run_metrics,
+                "hostile": self.run_hostile,
                 "snapshot": self.run_snapshot,
                 "clone-chain": self.run_chain,
                 "discard": self.run_discard,

@@ -53,13 +53,16 @@ class _Scraper(threading.Thread):
         self.join()
 
 
-def kind(of: Kind, options: list[str]) -> Kind:
-    """The same server with more options, and without busy polling: that takes whatever time is left."""
+def kind(of: Kind, options: list[str], *, busy_poll: bool = False) -> Kind:
+    """The same server with more options, and without busy polling, which takes whatever time is left."""
 
     def command(data: Path, sock: Path, size: int) -> list[str]:
-        config = sock.with_suffix(".toml")
-        config.write_text("[server]\nbusy_poll_seconds = 0.0\n")
-        return [*of.command(data, sock, size), "--config", str(config), *options]
+        command = [*of.command(data, sock, size), *options]
+        if not busy_poll:
+            config = sock.with_suffix(".toml")
+            config.write_text("[server]\nbusy_poll_seconds = 0.0\n")
+            command += ["--config", str(config)]
+        return command
 
     return replace(of, command=command)
 
