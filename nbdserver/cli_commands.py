@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 LIBRARY_COMMANDS: Final = frozenset(
-    ("attr", "limit", "download", "upload", "allocate", "flatten", "map", "diff", "undelete", "purge")
-)
+    ("attr", "limit", "download", "upload", "allocate", "flatten", "map", "undelete", "purge")
+) | {"diff", "export-diff", "import-diff"}
 """Those of `vdi` that cli_library.py has."""
 
 

@@ -1,9 +1,14 @@
-"""`vdi diff`: what has changed between snapshots."""
+"""`vdi diff`, `vdi export-diff`, `vdi import-diff`: what has changed between snapshots, and how it gets elsewhere."""
 
 import argparse
+import itertools
+import sys
+from contextlib import ExitStack
 
 from nbdserver.cli_output import print_json
+from nbdserver.cli_progress import progress
 from objstore.access.blocking import BlockingConnection
+from objstore.access.transfer import PIECE_BYTES
 
 
 def diff(store: BlockingConnection, arguments: argparse.Namespace) -> None:
@@ -23,3 +28,28 @@ def diff(store: BlockingConnection, arguments: argparse.Namespace) -> None:
     print(f"{'OFFSET':>16}  {'LENGTH':>16}  STATE")
     for row in rows:
         print(f"{row['offset_bytes']:>16}  {row['length_bytes']:>16}  {row['state']}")
+
+
+def export_diff(store: BlockingConnection, arguments: argparse.Namespace) -> None:
+    """The stream to stdout or a file."""
+    older, newer = arguments.range
+    with ExitStack() as stack:
+        pieces = store.export_diff(older, newer)
+        first = next(pieces)  # what can't be exported leaves no file behind
+        out = sys.stdout.buffer if arguments.file == "-" else stack.enter_context(open(arguments.file, "wb"))
+        with progress(f"exporting {newer}"):
+            for piece in itertools.chain([first], pieces):
+                out.write(piece)
+        out.flush()
+
+
+def import_diff(store: BlockingConnection, arguments: argparse.Namespace) -> None:
+    """A stream from stdin or a file onto a VDI."""
+    with ExitStack() as stack:
+        source = sys.stdin.buffer if arguments.file == "-" else stack.enter_context(open(arguments.file, "rb"))
+        with progress("importing"):
+            made = store.import_diff(iter(lambda: source.read(PIECE_BYTES), b""), arguments.name, tag=arguments.tag)
+    if arguments.json:
+        print_json(made)
+    else:
+        print(f"imported {made.name}")

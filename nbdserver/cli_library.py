@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
-from nbdserver.cli_diff import diff
+from nbdserver.cli_diff import diff, export_diff, import_diff
 from nbdserver.cli_jobs import allocate, flatten, job
 from nbdserver.cli_output import limits_text, print_json
 from nbdserver.cli_progress import progress
@@ -102,6 +102,8 @@ COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namesp
     "upload": upload,
     "map": show_map,
     "diff": diff,
+    "export-diff": export_diff,
+    "import-diff": import_diff,
     "allocate": allocate,
     "flatten": flatten,
     "job": job,

@@ -50,7 +50,7 @@ def vdi_table(vdis: Sequence[VdiStatus]) -> str:
             format_size(vdi.live_bytes),
             str(vdi.copies),
             vdi.mode,
-            "suspended" if vdi.suspended else vdi.state,
+            "importing" if vdi.importing else "suspended" if vdi.suspended else vdi.state,
             str(vdi.attached),
         )
         for vdi in vdis

@@ -14,7 +14,14 @@ from typing import Any, Final, Protocol
 import msgspec
 from aiohttp import web
 
-from nbdserver.control_data import AttributeOperations, AttributesOfVdis, JobOperations, JobsOfStore, Sessions
+from nbdserver.control_data import (
+    AttributeOperations,
+    AttributesOfVdis,
+    ImportSource,
+    JobOperations,
+    JobsOfStore,
+    Sessions,
+)
 from nbdserver.control_trash import StoreWithTrash, TrashHandlers
 from nbdserver.http_log import http_log
 from nbdserver.operations import describe, operation, operations, route
@@ -38,7 +45,7 @@ from objstore.access.api import (
     http_status,
 )
 from objstore.errors import Busy, Corrupt, InvalidRequest, StoreError
-from objstore.volume.base import Holder, VolumeSource
+from objstore.volume.base import Holder
 from objstore.volume.status import (
     JobStatus,
     RecoveryStatus,
@@ -60,7 +67,7 @@ HTTP_LOG: Final = http_log(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class ControlledStore(VolumeSource, StoreWithTrash, Protocol):
+class ControlledStore(ImportSource, StoreWithTrash, Protocol):
     """What the control API needs of a store."""
 
     @property

@@ -7,9 +7,9 @@ that comes about. Bodies are at most DATA_BYTES_MAX long, and BODIES_MAX of them
 import asyncio
 import secrets
 import select
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 from aiohttp import WSCloseCode, web
@@ -19,8 +19,10 @@ from objstore.access.api import (
     BODY_BYTES_MAX,
     DATA_BYTES_MAX,
     AttributeReply,
+    BeginImport,
     ChangeReply,
     ExtentReply,
+    FinishImport,
     Handle,
     OpenHandle,
     Range,
@@ -30,7 +32,8 @@ from objstore.access.api import (
 from objstore.access.local_vdi import LocalVdi
 from objstore.errors import Fenced, InvalidRequest
 from objstore.volume.base import Volume, VolumeSource
-from objstore.volume.status import JobStatus
+from objstore.volume.imports import Import
+from objstore.volume.status import JobStatus, SnapshotStatus
 
 BODIES_MAX: Final = 32
 """Others wait before their bodies are read."""
@@ -110,10 +113,17 @@ class JobOperations:
         return await self._jobs.abort(job_id)
 
 
+class ImportSource(VolumeSource, Protocol):
+    """A source that volumes can be imported into (objstore.volume.imports)."""
+
+    async def begin_import(self, name: str, what: Import) -> Volume: ...
+    async def finish_import(self, volume: Volume, tag: str = "", *, protected: bool = False) -> SnapshotStatus: ...
+
+
 class Sessions:
     """Every session, its handles by name. Touched by the event loop only."""
 
-    def __init__(self, source: VolumeSource) -> None:
+    def __init__(self, source: ImportSource) -> None:
         self._source = source
         self._sockets: dict[str, web.WebSocketResponse] = {}
         self._handles: dict[str, dict[str, LocalVdi]] = {}
@@ -146,17 +156,31 @@ class Sessions:
     @operation("POST", "/v1/vdis/{name}/handles", status=201)
     async def open_handle(self, name: str, body: OpenHandle) -> Handle:
         """Open a VDI for a session."""
-        if body.session not in self._handles:
+        return await self._opened(body.session, body.read_only, self._source.open(name))
+
+    async def _opened(self, session: str, read_only: bool, opening: Coroutine[Any, Any, Volume]) -> Handle:
+        if session not in self._handles:
+            opening.close()
             raise Fenced("the session has ended")
-        volume = await self._source.open(name)
-        vdi = LocalVdi(volume, self._give_back, read_only=body.read_only)
-        handles = self._handles.get(body.session)
+        vdi = LocalVdi(await opening, self._give_back, read_only=read_only)
+        handles = self._handles.get(session)
         if handles is None:  # it ended meanwhile
             await vdi.close()
             raise Fenced("the session has ended")
         handle = secrets.token_hex(16)
         handles[handle] = vdi
         return Handle(handle=handle, size_bytes=vdi.size_bytes, read_only=vdi.read_only, description=vdi.description)
+
+    @operation("POST", "/v1/vdis/{name}/imports", status=201)
+    async def begin_import(self, name: str, body: BeginImport) -> Handle:
+        """Begin to import into a VDI, or begin again: a handle to write what the stream has from its beginning on."""
+        what = Import(body.base, body.identity, body.size_bytes, body.copies, body.mode)
+        return await self._opened(body.session, False, self._source.begin_import(name, what))
+
+    @operation("POST", "/v1/handles/{handle}/snapshot", status=201)
+    async def finish_import(self, handle: str, body: FinishImport) -> SnapshotStatus:
+        """All that is imported was written through this handle: take the snapshot with which the VDI is whole."""
+        return await self._source.finish_import(self._vdi(handle).volume, body.tag, protected=body.protected)
 
     async def give_up(self, volume: Volume, reason: str, *, orderly: bool) -> None:
         """See Holder. The handles stay known, so that whoever uses one hears why it is dead."""

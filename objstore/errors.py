@@ -48,7 +48,8 @@ class Busy(StoreError):
 
 
 class Suspended(StoreError):
-    """The VDI was changed under its clients, whose caches are older than it is: nobody may open it until `resume`."""
+    """The VDI was changed under its clients, whose caches are older than it is: nobody may open it until `resume`.
+    Or it is half of what is imported."""
 
 
 class ReadOnly(StoreError):

@@ -60,7 +60,12 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "objstore.access.transfer": {"objstore.access.buffers"},
     "objstore.access.handle": {"objstore.access.buffers", "objstore.access.transfer"},
     "objstore.access.local_vdi": {"objstore.access.handle"},
-    "objstore.access": {"objstore.volume.directories", "objstore.volume.store"},
+    "objstore.access": {
+        "objstore.format.stream",
+        "objstore.volume.directories",
+        "objstore.volume.imports",
+        "objstore.volume.store",
+    },
     "objstore.volume": {"objstore.log", "objstore.replica", "objstore.backend", "objstore.format"},
     "nbdserver.wire": set(),
     "nbdserver.buffers": set(),
@@ -118,7 +123,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
         "nbdserver.control_trash",
     },
     "nbdserver.control_trash": {"nbdserver.operations"},
-    "nbdserver.control_data": {"nbdserver.operations", "objstore.access.local_vdi"},
+    "nbdserver.control_data": {"nbdserver.operations", "objstore.access.local_vdi", "objstore.volume.imports"},
     "nbdserver.control_client": set(),
     "nbdserver.control_clients": IDENTITY | {"nbdserver.operations"},
     "nbdserver.service": SERVER

@@ -210,6 +210,25 @@ class Handle(Struct, frozen=True, kw_only=True):
     description: str
 
 
+class BeginImport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An import to begin, or to begin again: contents `identity` on top of contents `base` ("" = an empty disk; then
+    the VDI is made). copies, mode: of a VDI that is made; 0, "" = as usual."""
+
+    session: str
+    base: str
+    identity: str
+    size_bytes: int
+    copies: int = 0
+    mode: str = ""
+
+
+class FinishImport(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The snapshot that ends an import; tag: "" = none."""
+
+    tag: str = ""
+    protected: bool = False
+
+
 class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A range of a VDI."""
 

@@ -7,7 +7,7 @@ by its age. With `background=True` the loop runs in a thread of its own instead,
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ import uvloop
 from objstore.access import connect as _connect
 from objstore.access.buffers import Buffer
 from objstore.access.connection import Connection
+from objstore.access.export import Pieces
 from objstore.access.file import VdiFile
 from objstore.access.handle import VdiHandle
 from objstore.access.transfer import Hole, Stream
@@ -288,6 +289,32 @@ class BlockingConnection:
         """See Connection."""
         self._runner.run(self._connection.delete_snapshot(name))
 
+    def export_diff(self, since: str, snapshot: str) -> Iterator[bytes]:
+        """See Connection."""
+        return self._runner.each(self._connection.export_diff(since, snapshot))
+
+    def import_diff(
+        self, stream: Pieces, name: str | None = None, *, tag: str | None = None, protected: bool = False
+    ) -> SnapshotStatus:
+        """See Connection."""
+        if isinstance(stream, AsyncIterable):
+            return self._runner.run(self._connection.import_diff(stream, name, tag=tag, protected=protected))
+        feed: asyncio.Queue[Buffer | None] = asyncio.Queue(1)
+        work = self._connection.import_diff(_fed(feed), name, tag=tag, protected=protected)
+        task = self._runner.run(_begun(work))
+        try:
+            # Between two calls, so that the stream may come from another connection's calls.
+            for piece in stream:
+                if not self._runner.run(_offered(feed, piece, task)):
+                    break
+            else:
+                self._runner.run(_offered(feed, None, task))
+            return self._runner.run(_ended(task))
+        except BaseException:
+            task.cancel()
+            self._runner.run(_settled(task))
+            raise
+
     def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
         """See Connection. In this process, without `background`, the job goes on while calls are under way alone."""
         return self._runner.run(self._connection.allocate(name, offset_bytes, length_bytes))
@@ -371,6 +398,31 @@ class BlockingConnection:
             self._runner.run(self._connection.close())
         finally:
             self._runner.close()
+
+
+async def _fed(feed: asyncio.Queue[Buffer | None]) -> AsyncIterator[Buffer]:
+    while (piece := await feed.get()) is not None:
+        yield piece
+
+
+async def _begun(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    return asyncio.create_task(work)
+
+
+async def _offered(feed: asyncio.Queue[Buffer | None], piece: Buffer | None, task: asyncio.Task[Any]) -> bool:
+    """Whether the task still takes something."""
+    putting = asyncio.create_task(feed.put(piece))
+    await asyncio.wait([putting, task], return_when=asyncio.FIRST_COMPLETED)
+    putting.cancel()
+    return not task.done()
+
+
+async def _ended(task: asyncio.Task[T]) -> T:
+    return await task
+
+
+async def _settled(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait([task])
 
 
 def connect(

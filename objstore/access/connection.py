@@ -3,8 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 
+from objstore.access import export
+from objstore.access.export import Pieces
 from objstore.access.handle import VdiHandle
 from objstore.access.pending import Pending
+from objstore.format.stream import Begin
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
     JobStatus,
@@ -138,6 +141,32 @@ class Connection(ABC):
     async def delete_snapshot(self, name: str) -> None:
         """Delete one; the space that only it needs comes back in the background. Busy: protected, or open."""
 
+    # -- snapshots in and out -------------------------------------------------------------------------------------
+
+    def export_diff(self, since: str, snapshot: str) -> AsyncIterator[bytes]:
+        """What turns the contents of one snapshot (NAME@TAG, "" = an empty disk) into those of another, as a stream
+        with checksums that `import_diff` of another store takes; pieces of about 1 MiB. It costs what the change costs.
+        Format: objstore/format/STREAM.md."""
+        return export.export_diff(self, since, snapshot)
+
+    async def import_diff(
+        self,
+        stream: Pieces,
+        name: str | None = None,
+        *,
+        tag: str | None = None,
+        protected: bool = False,
+    ) -> SnapshotStatus:
+        """Put a stream of `export_diff` on a VDI, and take the snapshot that it was exported from. name, tag: default
+        as there. A VDI that a whole snapshot is imported into is made; for a difference it must have a snapshot of what
+        the stream builds on, and be as that is.
+
+        FormatError: the stream is damaged or was cut short; then, and when this is interrupted, nobody can open the VDI
+        until the import was repeated from the beginning, or the VDI was rolled back to a snapshot or deleted.
+        InvalidRequest: the wrong VDI; NotFound; Exists; Busy: it is open, or half of another import.
+        """
+        return await export.import_diff(self, stream, name, tag=tag, protected=protected)
+
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -226,3 +255,11 @@ class Connection(ABC):
 
     @abstractmethod
     async def _open(self, name: str, read_only: bool) -> VdiHandle: ...
+
+    @abstractmethod
+    async def _begin_import(self, name: str, what: Begin) -> VdiHandle:
+        """A handle that nobody else has, to be given what the stream has."""
+
+    @abstractmethod
+    async def _finish_import(self, vdi: VdiHandle, tag: str, protected: bool) -> SnapshotStatus:
+        """All of it was written."""

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
 from objstore.access.local_vdi import LocalVdi
+from objstore.format.stream import Begin
 from objstore.volume.base import Volume
+from objstore.volume.imports import Import
 from objstore.volume.settings import MODES
 from objstore.volume.status import (
     JobStatus,
@@ -37,6 +39,16 @@ class LocalConnection(Connection):
         handle = LocalVdi(await self.store.open(name), self._give_back, read_only=read_only)
         self.handles.add(handle)
         return handle
+
+    async def _begin_import(self, name: str, what: Begin) -> VdiHandle:
+        wanted = Import(what.base, what.identity, what.size_bytes, what.copies, what.mode)
+        handle = LocalVdi(await self.store.begin_import(name, wanted), self._give_back, read_only=False)
+        self.handles.add(handle)
+        return handle
+
+    async def _finish_import(self, vdi: VdiHandle, tag: str, protected: bool) -> SnapshotStatus:
+        assert isinstance(vdi, LocalVdi)
+        return await self.store.finish_import(vdi.volume, tag, protected=protected)
 
     async def give_up(self, volume: Volume, reason: str, *, orderly: bool) -> None:
         """See Holder."""

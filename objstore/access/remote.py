@@ -14,12 +14,14 @@ from yarl import URL
 from objstore.access.api import (
     DATA_BYTES_MAX,
     AttributeReply,
+    BeginImport,
     ChangeReply,
     Clone,
     Copies,
     CreateVdi,
     ErrorReply,
     ExtentReply,
+    FinishImport,
     Handle,
     NewName,
     NewSize,
@@ -39,6 +41,7 @@ from objstore.access.api import (
 from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
 from objstore.errors import InvalidRequest, Stopping, StoreError, Unavailable
+from objstore.format.stream import Begin
 from objstore.names import check_attribute
 from objstore.volume.base import Change, Extent
 from objstore.volume.settings import MODES
@@ -224,6 +227,26 @@ class RemoteConnection(Connection):
         vdi = RemoteVdi(self, name, await self.http.ask("POST", f"{_path(name)}/handles", Handle, body))
         self.handles.add(vdi)
         return vdi
+
+    async def _begin_import(self, name: str, what: Begin) -> VdiHandle:
+        if self._closed:
+            raise Stopping("the connection was closed")
+        body = BeginImport(
+            session=self._session,
+            base=what.base,
+            identity=what.identity,
+            size_bytes=what.size_bytes,
+            copies=what.copies,
+            mode=what.mode,
+        )
+        vdi = RemoteVdi(self, name, await self.http.ask("POST", f"{_path(name)}/imports", Handle, body))
+        self.handles.add(vdi)
+        return vdi
+
+    async def _finish_import(self, vdi: VdiHandle, tag: str, protected: bool) -> SnapshotStatus:
+        assert isinstance(vdi, RemoteVdi)
+        body = FinishImport(tag=tag, protected=protected)
+        return await self.http.ask("POST", f"/v1/handles/{vdi.handle}/snapshot", SnapshotStatus, body)
 
     async def create(
         self, name: str, size_bytes: int, *, copies: int | None = None, mode: str = MODES[0], prealloc: bool = False

@@ -114,6 +114,10 @@ class Catalog:
             number = member(fields, "snapshot_id", int)
             if self.snapshots.pop(number, None) is None:
                 raise Damaged(f"the catalog deletes snapshot {number}, which does not exist")
+        elif kind == "import":
+            if member(fields, "vdi_id", int) not in self.vdis and member(fields, "identity", str):
+                raise Damaged(f"the catalog imports into VDI {fields['vdi_id']}, which does not exist")
+            member(fields, "base", str)
         elif kind == "job":
             self._note_job(fields)
         elif kind == "attribute":
@@ -129,7 +133,7 @@ class Catalog:
         base = member(fields, "base", int) if "base" in fields else 0
         name, hidden = member(fields, "name", str), bool(fields.get("hidden", False))
         former = member(fields, "former_bytes", int) if "former_bytes" in fields else 0
-        member(fields | {"suspended": fields.get("suspended", "")}, "suspended", str)
+        member({"suspended": ""} | fields, "suspended", str)
         _check_limits(fields.get("limits", {}))
         if not 1 <= member({"weight": 100} | fields, "weight", int) <= WEIGHT_MAX:
             raise Damaged(f"weight of a VDI is {fields['weight']!r}")
@@ -180,6 +184,7 @@ class Catalog:
         if not checkpoint or not (index or fields.get("hidden")) or not member(fields, "size_bytes", int):
             raise Damaged(f"the catalog describes a snapshot as {fields!r}")
         name = f"@{member(fields, 'tag', str) or index}"
+        member({"origin": ""} | fields, "origin", str)
         number, position = member(fields, "snapshot_id", int), member(fields, "position", int)
         self.snapshots[number] = Snapshot(name, log, checkpoint, position, vdi)
 

@@ -93,6 +93,7 @@ class SnapshotEntry(msgspec.Struct, frozen=True, tag="snapshot", kw_only=True, o
     the map of checkpoint number `checkpoint` of that log.
 
     vdi_id: whose snapshot it is. index: 1 and up for each VDI, never given twice to one that exists. tag: "" = none.
+    origin: identity of the snapshot that it was imported from (STREAM.md); "" = it was taken here.
     """
 
     snapshot_id: int
@@ -106,6 +107,15 @@ class SnapshotEntry(msgspec.Struct, frozen=True, tag="snapshot", kw_only=True, o
     created: float
     protected: bool = False
     hidden: bool = False
+    origin: str = ""
+
+
+class ImportEntry(msgspec.Struct, frozen=True, tag="import", kw_only=True):
+    """A VDI is half of what it is to be: contents `identity` on top of contents `base`; identity "" = it is whole."""
+
+    vdi_id: int
+    base: str
+    identity: str
 
 
 class SnapshotDeleteEntry(msgspec.Struct, frozen=True, tag="snapshot-delete", kw_only=True):
@@ -178,6 +188,7 @@ Entry: TypeAlias = (
     | DamageEntry
     | SnapshotEntry
     | SnapshotDeleteEntry
+    | ImportEntry
     | AttributeEntry
     | JobEntry
     | StopEntry
@@ -200,6 +211,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     next_job: int = 1
     damage: list[DamageEntry] = []
     trash: list[TrashEntry] = []
+    imports: list[ImportEntry] = []
 
 
 _ENTRY = msgspec.msgpack.Decoder(Entry)

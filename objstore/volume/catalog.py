@@ -16,6 +16,7 @@ from objstore.format.catalog import (
     DeleteEntry,
     Entry,
     HeadEntry,
+    ImportEntry,
     JobEntry,
     PurgedEntry,
     Snapshot,
@@ -93,6 +94,7 @@ class CatalogState:
         self.heads: dict[int, HeadEntry] = {head.log: head for head in snapshot.heads} if snapshot else {}
         self.garbage: set[int] = set(snapshot.garbage) if snapshot else set()
         self.damage: dict[int, DamageEntry] = {found.log: found for found in snapshot.damage} if snapshot else {}
+        self.imports: dict[int, ImportEntry] = {each.vdi_id: each for each in snapshot.imports} if snapshot else {}
         self.clean = snapshot.clean if snapshot else True
 
     def apply(self, entry: Entry) -> None:
@@ -114,6 +116,7 @@ class CatalogState:
             self._forget_name(entry.vdi_id)
             gone = self.vdis.pop(entry.vdi_id)
             del self.owners[gone.log]
+            self.imports.pop(entry.vdi_id, None)
             self.attributes.pop(entry.vdi_id, None)
             self.trash.pop(entry.vdi_id, None)
             self.heads.pop(gone.log, None)
@@ -135,6 +138,10 @@ class CatalogState:
         elif isinstance(entry, SnapshotEntry):
             self._set_snapshot(entry)
             self.next_snapshot = max(self.next_snapshot, entry.snapshot_id + 1)
+        elif isinstance(entry, ImportEntry):
+            self.imports.pop(entry.vdi_id, None)
+            if entry.identity:
+                self.imports[entry.vdi_id] = entry
         elif isinstance(entry, SnapshotDeleteEntry):
             self._forget_snapshot(entry.snapshot_id)
         elif isinstance(entry, AttributeEntry):
@@ -226,6 +233,7 @@ class CatalogState:
             ],
             damage=list(self.damage.values()),
             trash=list(self.trash.values()),
+            imports=list(self.imports.values()),
         )
 
 

@@ -169,9 +169,12 @@ class ChangeOperations(CloneOperations):
                     raise NotFound("the snapshot was deleted")
                 if undo.log != entry.log or vdi_id in self._opening or vdi_id in self._closing:
                     raise Busy(f"VDI {entry.name!r} is in use")
+                unfinished = state.imports.get(vdi_id)
+                more = [replace(unfinished, identity="")] if unfinished else []
                 former = replace(entry, vdi_id=state.next_vdi, hidden=True, prealloc=False, suspended="")
                 index = max((s.index for s in state.snapshots_named(entry.name)), default=0) + 1
-                shown = replace(state.snapshots[undo.snapshot_id], hidden=False, index=index)
+                tag = f"unfinished-import-{index}" if unfinished else ""
+                shown = replace(state.snapshots[undo.snapshot_id], hidden=False, index=index, tag=tag)
                 begun = replace(
                     entry,
                     log=state.next_log,
@@ -180,7 +183,7 @@ class ChangeOperations(CloneOperations):
                     suspended=suspended or entry.suspended,
                 )
                 with self._changing_place(former.vdi_id, begun):
-                    await self.catalog.commit(begun, former, shown)
+                    await self.catalog.commit(begun, former, shown, *more)
         except BaseException:
             self._begin(self._drop_hidden(undo.snapshot_id))
             raise

@@ -86,6 +86,11 @@ class OpenVdis:
         """Why nobody may open a VDI now; empty: anybody may."""
         if entry.vdi_id in self._kept_out:
             return f"VDI {entry.name!r} is closed to clients for a moment: {self._kept_out[entry.vdi_id]}"
+        if entry.vdi_id in self.catalog.state.imports:
+            return (
+                f"VDI {entry.name!r} is half of what is imported: repeat the import, go back to a snapshot"
+                f" (`sheepfold vdi rollback {entry.name}@TAG`), or delete it"
+            )
         if entry.suspended:
             name = entry.name
             return f"VDI {name!r} is suspended: {entry.suspended}; `sheepfold vdi resume {name}` lets clients in again"

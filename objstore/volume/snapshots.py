@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from objstore.errors import Busy, Exists, NotFound, StoreError
+from objstore.errors import Busy, Exists, NotFound, StoreError, Suspended
 from objstore.format.catalog import DeleteEntry, Entry, SnapshotDeleteEntry, SnapshotEntry, VdiEntry
 from objstore.names import check_tag
 from objstore.volume.openvdis import OpenVdis
@@ -84,8 +84,13 @@ class SnapshotOperations(OpenVdis):
             created=entry.created,
             protected=entry.protected,
             attached=0 if volume is None else volume.attached,
+            identity=self.contents_of(entry),
             clones=sorted(clones.get(key, ())),
         )
+
+    def contents_of(self, entry: SnapshotEntry) -> str:
+        """What its contents are called in every store (STREAM.md)."""
+        return entry.origin or f"{self.env.store_id.hex()}:{entry.snapshot_id}"
 
     # -- taking -------------------------------------------------------------------------------------------------
 
@@ -148,12 +153,18 @@ class SnapshotOperations(OpenVdis):
     async def _take(
         self, entry: VdiEntry, tag: str = "", *, protected: bool = False, hidden: bool = False
     ) -> SnapshotEntry:
+        self._check_whole(entry)
         async with self._sized(entry.vdi_id):
             return await self._take_sized(entry, tag, protected=protected, hidden=hidden)
 
+    def _check_whole(self, entry: VdiEntry) -> None:
+        if entry.vdi_id in self.catalog.state.imports:
+            raise Suspended(self.refused(entry))
+
     async def _take_sized(
-        self, entry: VdiEntry, tag: str = "", *, protected: bool = False, hidden: bool = False
+        self, entry: VdiEntry, tag: str = "", *, protected: bool = False, hidden: bool = False, origin: str = ""
     ) -> SnapshotEntry:
+        """origin: the VDI is what was imported; with the same record it is whole."""
         state = self.catalog.state
         snapshot: SnapshotEntry | None = None
         async with self.using(entry) as vdi:
@@ -165,6 +176,8 @@ class SnapshotOperations(OpenVdis):
                 async with self._change:
                     now = self._entry_of(entry.vdi_id)
                     self._check_tag_free(now.name, tag)
+                    if not origin and not hidden:
+                        self._check_whole(now)
                     snapshot = SnapshotEntry(
                         snapshot_id=state.next_snapshot,
                         log=entry.log,
@@ -177,8 +190,10 @@ class SnapshotOperations(OpenVdis):
                         created=self.env.clock.wall(),
                         protected=protected,
                         hidden=hidden,
+                        origin=origin,
                     )
-                    await self.catalog.commit(snapshot)
+                    whole = [msgspec.structs.replace(state.imports[now.vdi_id], identity="")] if origin else []
+                    await self.catalog.commit(snapshot, *whole)
             finally:
                 if snapshot is None or snapshot.snapshot_id not in state.snapshots:
                     vdi.keeper.end_snapshot(number)

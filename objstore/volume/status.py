@@ -48,6 +48,8 @@ class VdiStatus(Struct, frozen=True, kw_only=True):
     """Bytes that no zone has whole, as far as reads and scrubs have found; `vdi damage` says which."""
     suspended: str = ""
     """Why nobody may open it until `vdi resume`; empty: anybody may."""
+    importing: str = ""
+    """BASE..IDENTITY of the import that has begun and not ended: nobody may open it; empty: it is whole."""
     limits: dict[str, LimitStatus] = {}
     """What its clients may do, by kind: iops, iops-read, iops-write, bytes, bytes-read, bytes-write."""
     weight: int = 100
@@ -91,6 +93,8 @@ class SnapshotStatus(Struct, frozen=True, kw_only=True):
     """Open handles."""
     clones: list[str]
     """VDIs that need it."""
+    identity: str = ""
+    """What its contents are called in every store: an import keeps it."""
 
 
 class SnapshotTaken(Struct, frozen=True, kw_only=True):

@@ -36,6 +36,7 @@ from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
 from objstore.volume.clones import COPIES_DEFAULT_MAX
 from objstore.volume.directories import make_directories, other_zones
+from objstore.volume.imports import ImportOperations
 from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
 from objstore.volume.limits import Limits
@@ -56,7 +57,6 @@ from objstore.volume.status import (
     VdiStatus,
 )
 from objstore.volume.summary import store_status
-from objstore.volume.trash import TrashOperations
 from objstore.volume.vdi import Vdi
 from objstore.volume.zones import Reopen, Zones
 
@@ -67,7 +67,7 @@ BALLAST_BYTES: Final = 32 << 20
 when other programs have filled the file system to the last byte."""
 
 
-class Store(TrashOperations):
+class Store(ImportOperations):
     """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:
@@ -247,6 +247,7 @@ class Store(TrashOperations):
             kept_bytes=vdi.disk.held_blocks << BLOCK_SHIFT if vdi is not None else 0,
             damaged_bytes=self._damaged_bytes(entry.log, vdi),
             suspended=entry.suspended,
+            importing=self.import_of(entry),
             limits={kind: LimitStatus(rate=one.rate, burst=one.burst) for kind, one in entry.limits.items()},
             weight=entry.weight,
         )

@@ -1,8 +1,10 @@
 """`vdi diff`: with a server and without, the same."""
 
+from pathlib import Path
+
 import pytest
 
-from nbdserver.cli_diff_arguments import compared
+from nbdserver.cli_diff_arguments import compared, exported
 from objstore.errors import InvalidRequest
 from objstore.units import KIB
 from tests.nbdserver.test_cli_library import Command, runtime, sheepfold
@@ -62,3 +64,41 @@ def test_ranges(text: str, pair: tuple[str, str] | None) -> None:
 def test_what_is_no_range(text: str) -> None:
     with pytest.raises(InvalidRequest, match="is not NAME@FROM"):
         compared(text)
+
+
+def test_a_disk_and_what_has_changed_of_it_go_elsewhere(sheepfold: Command, tmp_path: Path) -> None:
+    sheepfold("vdi", "upload", "disk", stdin=b"a" * 64 * KIB)
+    sheepfold("vdi", "snapshot", "disk", "monday")
+    sheepfold("vdi", "upload", "disk", "--offset", "8K", stdin=b"b" * 5000)
+    sheepfold("vdi", "snapshot", "disk", "tuesday")
+    whole = sheepfold("vdi", "export-diff", "..disk@monday")
+    sheepfold("vdi", "export-diff", "disk@monday..tuesday", str(tmp_path / "diff"))
+    assert (tmp_path / "diff").stat().st_size < 10_000
+    assert sheepfold("vdi", "import-diff", "--name", "copy", "--tag", "first", stdin=whole) == b"imported copy@first\n"
+    sheepfold("vdi", "import-diff", "--name", "copy", stdin=whole, code=4)
+    sheepfold("vdi", "import-diff", "--name", "copy", stdin=(tmp_path / "diff").read_bytes()[:-40], code=8)
+    assert "before its end" in sheepfold.errors
+    sheepfold("vdi", "download", "copy", code=5)
+    assert "half of what is imported" in sheepfold.errors
+    (copy,) = [vdi for vdi in sheepfold.json("vdi", "list") if vdi["name"] == "copy"]
+    assert copy["importing"]
+    assert b"importing" in sheepfold("vdi", "list")
+    made = sheepfold.json("vdi", "import-diff", str(tmp_path / "diff"), "--name", "copy")
+    assert made["name"] == "copy@tuesday"
+    assert sheepfold("vdi", "download", "copy") == sheepfold("vdi", "download", "disk@tuesday")
+    assert sheepfold("vdi", "download", "copy@first") == sheepfold("vdi", "download", "disk@monday")
+    sheepfold("vdi", "import-diff", "--name", "none", str(tmp_path / "diff"), code=3)
+    sheepfold("vdi", "import-diff", stdin=b"nonsense", code=8)
+    sheepfold("vdi", "export-diff", "disk@monday..sunday", str(tmp_path / "none"), code=3)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["disk@a", "disk@a..", "..disk", "..@a", ".."])
+def test_what_can_not_be_exported(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        exported(text)
+
+
+def test_what_is_exported() -> None:
+    assert exported("..disk@a") == ("", "disk@a")
+    assert exported("disk@a..b") == ("disk@a", "disk@b")

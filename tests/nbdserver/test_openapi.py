@@ -23,7 +23,7 @@ from objstore.units import MIB
 from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_store
 
-SESSION, HANDLE = "the session", "a handle"
+SESSION, HANDLE, IMPORT = "the session", "a handle", "an import's handle"
 """Stand for the names that the server gives."""
 EXAMPLES: dict[str, dict[str, Any]] = {
     "create_vdi": {"body": {"name": "new", "size_bytes": MIB}},
@@ -64,6 +64,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "flush_handle": {"handle": HANDLE},
     "list_extents": {"handle": HANDLE, "offset_bytes": 0, "length_bytes": 8192},
     "list_changes": {"handle": HANDLE, "since": HANDLE, "offset_bytes": 0, "length_bytes": 8192},
+    "begin_import": {
+        "name": "imported",
+        "body": {"session": SESSION, "base": "", "identity": "a:1", "size_bytes": MIB},
+    },
+    "finish_import": {"handle": IMPORT, "body": {"tag": "t"}},
     "close_handle": {"handle": HANDLE},
 }
 """What each operation is called with: path and query parameters by name, and `body`."""
@@ -226,7 +231,10 @@ async def test_each_operation_is_called_as_described(control: Path) -> None:
     async with begun_session(control, api) as session:
         opened = await call(control, api, "open_handle", named(EXAMPLES["open_handle"], {SESSION: session}))
         known = {SESSION: session, HANDLE: opened["handle"]}
+        begun = await call(control, api, "begin_import", named(EXAMPLES["begin_import"], known))
+        known[IMPORT] = begun["handle"]
         names.remove("open_handle")
+        names.remove("begin_import")
         for name in names:
             await call(control, api, name, named(EXAMPLES.get(name, {}), known))
 

@@ -45,9 +45,8 @@ def test_the_names_and_parameters_are_the_same(ours: type, theirs: type) -> None
     extra = {"file"} if ours is BlockingVdi else {"wait"}
     assert public(ours).keys() - extra == public(theirs).keys()
     for name, method in public(theirs).items():
-        assert list(inspect.signature(method).parameters.values()) == list(
-            inspect.signature(public(ours)[name]).parameters.values()
-        ), name
+        wanted = str(inspect.signature(method).replace(return_annotation=None)).replace("VdiHandle", "BlockingVdi")
+        assert str(inspect.signature(public(ours)[name]).replace(return_annotation=None)) == wanted, name
 
 
 def test_the_life_of_a_store(store: BlockingConnection) -> None:
