@@ -231,7 +231,7 @@ class Env:
             return  # a copy is missing there: that is repaired
         where.read_errors += 1
         where.last_error = str(error)
-        if where.read_errors >= READ_ERRORS_MAX and self._expendable(zone):
+        if where.read_errors % READ_ERRORS_MAX == 0 and self._expendable(zone):
             self.zone_lagging(zone, error)
 
     def zone_lagging(self, zone: int, error: StoreError) -> bool:

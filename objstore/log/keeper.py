@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -108,9 +108,10 @@ class Keeper:
         self.root = Root()
         disk.newest_page = lambda region: self.root.get(region)
         self.sizes: dict[int, int] = {}
-        self.needs: frozenset[int] = frozenset()
-        self.needs_before: frozenset[int] = frozenset()
-        """The checkpoints that the pages of the newest one and of the one before lie in."""
+        self.needs: frozenset[int] | None = frozenset()
+        self.needs_before: frozenset[int] | None = frozenset()
+        """The checkpoints that the pages of the newest one and of the one before lie in. None: it is one of an earlier
+        run, where any may be needed."""
         self.number_before = 0
         self.holds = Holds(disk)
         self.owed: Owed | None = None
@@ -151,6 +152,7 @@ class Keeper:
         disk.owner = self
         disk.on_whole = self._resume
         disk.rebuild = self.rebuild
+        disk.writer.kept = self.places
 
     # -- memory -------------------------------------------------------------------------------------------------
 
@@ -652,11 +654,24 @@ class Keeper:
     # -- freeing ------------------------------------------------------------------------------------------------
 
     def _drop_unneeded(self) -> None:
-        """Remove the checkpoints that neither the two newest nor a snapshot need."""
-        keep = self.needs | self.needs_before | {self.number, self.number_before} | self.holds.needed(self.sizes)
-        for number in [n for n in self.sizes if n not in keep]:
+        """Remove the checkpoints that are not needed any more."""
+        for number in self.sizes.keys() - self._needed(self.sizes):
             del self.sizes[number]
             self._delete(checkpoint_name(self.disk.log, number))
+
+    def _needed(self, numbers: Iterable[int]) -> set[int]:
+        """Of these checkpoints, those that the two newest or a snapshot need."""
+        numbers = set(numbers)
+        if self.needs is None or self.needs_before is None:
+            return numbers
+        keep = self.needs | self.needs_before | {self.number, self.number_before}
+        return numbers & keep | self.holds.needed(numbers)
+
+    def take_in(self, shown: Mapping[int, int]) -> None:
+        """Zones show these checkpoints (number: bytes of the longest copy), some of which were away when the log was
+        opened: keep those that may be needed."""
+        for number in self._needed(n for n in shown if n <= self.number):
+            self.sizes[number] = max(shown[number], self.sizes.get(number, 0))
 
     def free(self) -> None:
         """Free the dead segments that two checkpoints have passed and nobody reads."""
@@ -709,6 +724,20 @@ class Keeper:
         """Remove copies of a checkpoint that is not kept any more."""
         if number not in self.sizes:
             self._delete(checkpoint_name(self.disk.log, number))
+
+    def places(self) -> set[tuple[int, ...]]:
+        """The sets of zones that the log's segments and checkpoints lie in: 50 ns for each of these, so ask seldom."""
+        found = {segment.zones for segment in self.disk.segments.values()}
+        return found.union(self.disk.checkpoint_zones(number) for number in self.sizes)
+
+    async def do_without(self, number: int) -> bool:
+        """No zone has that checkpoint whole: see that nobody needs it any more, which takes two later ones. False: map
+        pages, or the map of a snapshot, are lost with it."""
+        if number in await self._aside(pages_of, self.root) or self.holds.needed([number]):
+            return False
+        while number in self.sizes:
+            await self.checkpoint()
+        return True
 
     async def settled(self) -> None:
         """Wait for the checkpoint under way, if any."""

@@ -195,6 +195,8 @@ async def load_directory(env: Env, segment: Segment) -> Directory | None:
         try:
             seen = await run(env.executor, z, look_at, zone.backend, env.store_id, segment.log, segment.number)
         except StoreError as error:
+            if z not in segment.zones:
+                continue  # recovery has just moved that copy elsewhere
             log.warning("directory unreadable segment=%s zone=%r: %s", segment.name, zone, error)
             env.read_failed(z, error)
             env.on_bad_copy(segment, z)
@@ -202,6 +204,8 @@ async def load_directory(env: Env, segment: Segment) -> Directory | None:
         directory = seen.directory
         if directory is not None and directory.crc == segment.seal_crc:
             return directory
+        if z not in segment.zones:
+            continue
         if directory is not None:
             log.warning("a copy is another segment's segment=%s zone=%r", segment.name, zone)
         env.bad_copies += 1

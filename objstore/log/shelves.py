@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
 from objstore.backend.base import Backend, Entry, ZoneFailed
-from objstore.errors import StoreError, Unavailable
+from objstore.errors import Corrupt, StoreError, Unavailable
 from objstore.log.checkpoint import CheckpointZones, checkpoint_folder, checkpoint_name
 from objstore.log.checkpoint_copies import copy_checkpoint_to, look_through_checkpoint
 from objstore.log.copies import load_copy, replace_copy
@@ -79,29 +79,36 @@ class Shelves:
         await disk.writer.go_elsewhere()
         settled = [s for s in self._segments() if s.sealed and s.memory is None]
         below = disk.writer.tail_number
-        checkpoints = dict(keeper.sizes)
         newest = keeper.number
         for z in sorted(env.in_service):
             files = await self._list(z, log_folder(disk.log))
             if files is not None:
                 others = await self._other_seals(z, files, settled) if z in unsure else frozenset()
                 await self._compare_segments(z, files, settled, below, others)
-        found: dict[int, list[int]] = {number: [] for number in checkpoints}
-        for z in sorted(env.in_service):
-            files = await self._list(z, checkpoint_folder(disk.log))
-            for entry in files or ():
-                number = object_number(entry.name)
-                if number is None or number > newest:
-                    continue
-                if number in found and entry.size_bytes == checkpoints[number]:
+        shown = [(z, await self._checkpoints(z, newest)) for z in sorted(env.in_service)]
+        longest: dict[int, int] = {}
+        for _, sizes in shown:
+            for number, size in sizes.items():
+                longest[number] = max(size, longest.get(number, 0))  # a torn copy is shorter than a whole one
+        keeper.take_in(longest)
+        found: dict[int, list[int]] = {number: [] for number in keeper.sizes if number <= newest}
+        for z, sizes in shown:
+            for number, size in sizes.items():
+                if number in found and size == keeper.sizes.get(number):
                     found[number].append(z)
                 elif number not in keeper.sizes:
-                    await self._remove(z, entry.name)
+                    await self._remove(z, checkpoint_name(disk.log, number))
         if isinstance(disk.checkpoint_zones, CheckpointZones):
             for number, zones in found.items():
                 if zones and number in keeper.sizes:
                     disk.checkpoint_zones.found(number, zones)
         return self.misplaced()
+
+    async def _checkpoints(self, zone: int, newest: int) -> dict[int, int]:
+        """Bytes of the checkpoints up to that one that a zone shows."""
+        files = await self._list(zone, checkpoint_folder(self.disk.log)) or ()
+        numbers = ((object_number(entry.name), entry.size_bytes) for entry in files)
+        return {number: size for number, size in numbers if number is not None and number <= newest}
 
     def _segments(self) -> list[Segment]:
         disk = self.disk
@@ -230,6 +237,10 @@ class Shelves:
                 if await copy_checkpoint_to(env, disk.log, item.number, source, z, copy):
                     done.append(z)
             break
+        else:
+            # Its deletion may have been undone by a power cut, with what became of the file since.
+            if not await keeper.do_without(item.number):
+                raise Corrupt(f"no zone in service has checkpoint {item.number} whole log={disk.log}")
         if item.number not in keeper.sizes:
             keeper.drop_checkpoint(item.number)
         elif done and isinstance(disk.checkpoint_zones, CheckpointZones):
@@ -255,7 +266,7 @@ class Shelves:
                     segment.zones = tuple(o for o in segment.zones if o != z)
                     segment.drop_handle(z)
                     gone.append((segment, z))
-        if gone or any(item.is_checkpoint and item.extra for item in items):
+        if gone or any(item.is_checkpoint and item.extra and not item.missing for item in items):
             try:
                 for _ in range(2):
                     await self.keeper.checkpoint()

@@ -19,7 +19,7 @@ import itertools
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from crc32c import crc32c
@@ -205,6 +205,8 @@ class LogWriter:
         """Why writes fail for want of zones."""
         self._asked: deque[tuple[int, float]] = deque()
         """(position, since when somebody wants everything up to it durable), as the watch has seen it."""
+        self.kept: Callable[[], Iterable[tuple[int, ...]]] = lambda: ()
+        """The sets of zones that what is sealed, and the map, lie in."""
         self.elsewhere: Callable[[int, frozenset[int]], tuple[int, ...]] | None = None
         """As `place`, without the zones given."""
         self.starts: dict[int, tuple[int, int]] = {}
@@ -432,9 +434,9 @@ class LogWriter:
                 )
                 for segment in made:
                     if isinstance(segment, Segment):
-                        if self.env.serving(segment.zones) == segment.zones:
+                        if segment.zones == self._placed(segment.number):
                             self._prepared.append(segment)
-                        else:  # one of its zones was put out while the others of this round were made
+                        else:  # zones, or the number of copies, have changed while the others of this round were made
                             self._discard(segment)
                 self._making_from = None
                 if self._prepared:
@@ -1183,11 +1185,12 @@ class LogWriter:
         return next((since for position, since in asked if position >= oldest.last_position), None)
 
     def can_lose(self, zone: int, gone: frozenset[int]) -> bool:
-        """Whether `min_copies` of everything not yet sealed, and zones for what comes, would stay (env.Log)."""
-        for segment in self.unsealed.values():
-            if zone in segment.zones and sum(z not in gone for z in segment.zones) < self.min_copies:
-                return False
-        return min(self.copies, len(self.env.in_service - gone)) >= self.min_copies
+        """Whether `min_copies` of all that it has in that zone, and zones for what comes, would stay (env.Log)."""
+        left = self.env.in_service - gone
+        if min(self.copies, len(left)) < self.min_copies:
+            return False
+        held = {segment.zones for segment in self.unsealed.values()}.union(self.kept())
+        return all(zone not in zones or len(left.intersection(zones)) >= self.min_copies for zones in held)
 
     def watch(self, task: asyncio.Task[None]) -> None:
         """A task that this log can't do without: if it ends with an error of ours, the log stops loudly."""

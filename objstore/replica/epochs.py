@@ -156,6 +156,13 @@ class History:
             found.pop()
         return found
 
+    def lost_since(self, epoch_id: str) -> bool:
+        """Whether a zone of the store that took data in that epoch or later in its run is not in service now."""
+        if epoch_id not in self._at:
+            return True
+        missing = {zone.id for zone in self._epochs[-1].out}
+        return any(m.id in missing for epoch in self.run_from(epoch_id) for m in epoch.members if m.state == "in")
+
     def known(self) -> frozenset[str]:
         """Zones that belong to the store now: in service or out, not removed."""
         newest = self._epochs[-1]

@@ -6,6 +6,7 @@ log, so that entries see each other in the order of the log.
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from objstore.backend.base import ZoneFailed
@@ -417,11 +418,19 @@ class Catalog:
     async def commit(self, *entries: Entry) -> None:
         """Append the entries as one record and return when it is durable. Unavailable, NoSpace: nothing happened, or
         (Unavailable) it is unknown until the store is opened again."""
-        encoded = [(entry, *encode_entry(entry)) for entry in entries]
-        blocks = sum(len(data) // BLOCK_BYTES for _, data, _ in encoded)
+        await self.edit(lambda: entries)
+
+    async def edit(self, make: Callable[[], Sequence[Entry]]) -> bool:
+        """As `commit`, with entries made when their turn has come, from `state` as all before them have left it. False:
+        there are none."""
         async with self._lock:
             if self.error is not None:
                 await self._compact()
+            entries = make()
+            if not entries:
+                return False
+            encoded = [(entry, *encode_entry(entry)) for entry in entries]
+            blocks = sum(len(data) // BLOCK_BYTES for _, data, _ in encoded)
             writer = self._writer
             assert writer is not None, "the catalog was started"
             if blocks > writer.fresh_room:
@@ -433,7 +442,7 @@ class Catalog:
                 except StoreError as error:
                     self._error = self._error or error
                     raise
-                return
+                return True
             if self._blocks * BLOCK_BYTES > COMPACT_BYTES:
                 try:
                     await self._compact()
@@ -451,6 +460,7 @@ class Catalog:
             writer.cut()
             self._blocks += blocks + 1
         await writer.flush()
+        return True
 
     async def close(self) -> None:
         """Seal and sync what was committed."""

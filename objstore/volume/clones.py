@@ -67,9 +67,11 @@ class CloneOperations(SnapshotOperations):
             raise NoSpace("the store has used up its log numbers")
 
     def _check_copies(self, copies: int) -> None:
-        zones = len(self.membership.epoch.members) + len(self.membership.epoch.out)
+        epoch = self.membership.epoch
+        states = [*(member.state for member in epoch.members), *(zone.state for zone in epoch.out)]
+        zones = states.count("in")
         if not 1 <= copies <= zones:
-            raise InvalidRequest(f"copies = {copies} is impossible: the store's zones are {zones}")
+            raise InvalidRequest(f"copies = {copies} is impossible: {zones} zones of the store take data")
 
     async def _clone(self, source: str, name: str, copies: int | None, mode: str | None) -> None:
         hidden: SnapshotEntry | None = None

@@ -241,7 +241,7 @@ async def open_disk(
 
 def _restore_keeper(keeper: Keeper, loaded: Loaded | None, sizes: dict[int, int]) -> None:
     keeper.sizes = dict(sizes)
-    keeper.needs = frozenset(sizes)
+    keeper.needs = None if sizes else frozenset()
     keeper.next_number = max(sizes, default=0) + 1
     if loaded is not None:
         keeper.number = loaded.header.number

@@ -11,6 +11,7 @@ import msgspec
 
 from objstore.errors import Busy, NotFound, ReadOnly, Stopping, StoreError, Suspended
 from objstore.format.catalog import Entry, HeadEntry, SnapshotEntry, VdiEntry
+from objstore.log.checkpoint import CheckpointZones
 from objstore.log.root import Root, of_clone
 from objstore.log.takeover import Copied
 from objstore.volume.base import Holder, Volume
@@ -374,27 +375,71 @@ class OpenVdis:
 
     async def _commit_copied(self, vdi_id: int, vdi: Vdi, copied: Copied) -> bool:
         """Make a copy of the log's end count. False: it does not, and nothing has happened."""
-        if vdi_id in self._deleting or vdi_id not in self.catalog.state.vdis:
-            return False
         keeper = vdi.keeper
-        tail = tail_rows(vdi.disk, min(keeper.previous_next_segment, keeper.next_segment))
-        kept = [row for row in tail if row.number < copied.former[0].number]
-        head = msgspec.structs.replace(
-            self._closed_head(vdi),
-            generation=copied.writer.generation,
-            tail=[*kept, *rows_of(copied.segments)],
-            first_number=copied.writer.next_number,
-            clean=False,
-        )
+        generation = copied.writer.generation
+
+        def make() -> list[HeadEntry]:
+            if vdi_id in self._deleting or vdi_id not in self.catalog.state.vdis:
+                return []
+            tail = tail_rows(vdi.disk, min(keeper.previous_next_segment, keeper.next_segment))
+            kept = [row for row in tail if row.number < copied.former[0].number]
+            head = msgspec.structs.replace(
+                self._closed_head(vdi),
+                generation=generation,
+                tail=[*kept, *rows_of(copied.segments)],
+                first_number=copied.writer.next_number,
+                clean=False,
+            )
+            return [head]
+
         try:
-            await self.catalog.commit(head)
+            return await self.catalog.edit(make)
         except StoreError as error:
             now = self._head(vdi.disk.log)
-            if now is None or now.generation < head.generation:
+            if now is None or now.generation < generation:
                 log.warning("no head could be written log=%d: %s", vdi.disk.log, error)
                 return False
             raise
-        return True
+
+    async def renew_head(self, vdi: Vdi) -> None:
+        """Nothing of an open VDI is missing: from now on the end of its log is judged by the copies that it has and the
+        zones that there are now, not by those since it was opened. Nothing to do if they are the same."""
+        membership, disk, keeper, writer = self.membership, vdi.disk, vdi.keeper, vdi.disk.writer
+        head = self._head(disk.log)
+        copies, version = writer.copies, membership.version
+        if head is None or (head.copies >= copies and not membership.history.lost_since(head.epoch)):
+            return
+        # What lies behind this checkpoint, and all that comes, is where these zones and copies want it.
+        await writer.go_elsewhere()
+        takeovers = writer.takeovers
+        await keeper.checkpoint()
+        number = keeper.number
+
+        def make() -> list[HeadEntry]:
+            now, entry = self._head(disk.log), self.catalog.state.vdis.get(vdi.vdi_id)
+            wants = disk.checkpoint_zones.wanted() if isinstance(disk.checkpoint_zones, CheckpointZones) else ()
+            if (
+                entry is None
+                or now is None
+                or now.generation != writer.generation
+                or writer.error is not None
+                or writer.waits_for_takeover
+                or writer.takeovers != takeovers
+                or membership.version != version
+                or not set(wants) <= set(disk.checkpoint_zones(number))
+            ):
+                return []
+            tail = tail_rows(disk, min(keeper.previous_next_segment, keeper.next_segment))
+            renewed = msgspec.structs.replace(
+                now,
+                tail=[row for row in tail if row.number < keeper.next_segment],
+                checkpoint=keeper.durable_number,
+                epoch=membership.epoch.id,
+                copies=min(copies, writer.copies, entry.copies),
+            )
+            return [renewed]
+
+        await self.catalog.edit(make)
 
     def identity(self, entry: VdiEntry) -> str:
         """What stays the same as long as a client may go on with this VDI where it was: same store, VDI and log, and

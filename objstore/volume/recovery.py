@@ -66,6 +66,8 @@ class RecoveredStore(Protocol):
     def using(self, entry: VdiEntry) -> AbstractAsyncContextManager[Vdi]: ...
     def leaving(self, vdi_id: int) -> bool: ...
     def purge_garbage(self) -> None: ...
+    def open_vdis(self) -> list[Vdi]: ...
+    async def renew_head(self, vdi: Vdi) -> None: ...
 
 
 class Recovery:
@@ -228,7 +230,18 @@ class Recovery:
             await self._shed()
             await self._count(copied)
         if not self._interrupted() and not self._missing and not self._unreachable and not self._problems:
+            await self._renew_heads()
             await self._write_note(self._members())
+
+    async def _renew_heads(self) -> None:
+        """Every copy is made: zones that are gone, and a time of fewer copies, are not missed any more."""
+        for vdi in self._store.open_vdis():
+            entry = self._store.catalog.state.vdis.get(vdi.vdi_id)
+            if entry is None or self._interrupted():
+                continue
+            async with self._opened(entry) as same:
+                if same is vdi:
+                    await self._store.renew_head(vdi)
 
     def _entries(self) -> list[VdiEntry]:
         return sorted(self._store.catalog.state.vdis.values(), key=lambda entry: entry.log)

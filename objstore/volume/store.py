@@ -23,7 +23,7 @@ from objstore.errors import (
     StoreError,
     Unavailable,
 )
-from objstore.format.catalog import PurgedEntry, StopEntry, VdiEntry
+from objstore.format.catalog import Entry, PurgedEntry, StopEntry, VdiEntry
 from objstore.format.document import Epoch
 from objstore.log.checkpoint import checkpoint_folder
 from objstore.log.segment import log_folder
@@ -341,19 +341,26 @@ class Store(ImportOperations):
                 entry = self._entry(name)
                 if entry.vdi_id in self._opening or entry.vdi_id in self._closing:
                     continue
-                changed = msgspec.structs.replace(entry, copies=copies)
-                vdi = self._open.get(entry.vdi_id)
-                head = self.catalog.state.heads.get(entry.log)
-                if vdi is None or head is None:
-                    await self.catalog.commit(changed)
-                    break
-                # Opening judges the end of a log by the fewest copies that anything in this run was given: it must know
-                # before the first object gets fewer.
-                await self.catalog.commit(changed, msgspec.structs.replace(head, copies=min(head.copies, copies)))
-            await vdi.set_copies(copies, min_copies(self.env, copies))
-            break
+                await self._set_copies(entry, copies)
+                break
         self.recovery.request()
         return self.vdi(name)
+
+    async def _set_copies(self, entry: VdiEntry, copies: int) -> None:
+        vdi = self._open.get(entry.vdi_id)
+
+        def make() -> list[Entry]:
+            changed = msgspec.structs.replace(entry, copies=copies)
+            head = self.catalog.state.heads.get(entry.log)
+            if vdi is None or head is None:
+                return [changed]
+            # Opening judges the end of a log by the fewest copies that anything behind the head was given: it must know
+            # before the first object gets fewer.
+            return [changed, msgspec.structs.replace(head, copies=min(head.copies, copies))]
+
+        await self.catalog.edit(make)
+        if vdi is not None:
+            await vdi.set_copies(copies, min_copies(self.env, copies))
 
     async def allocate(self, name: str, offset_bytes: int = 0, length_bytes: int = 0) -> JobStatus:
         """Begin a job that makes reserved zeros of the holes of a range (length 0 = to the end); `jobs.wait` returns

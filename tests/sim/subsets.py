@@ -39,14 +39,14 @@ class Subsets:
         if self.rng.random() > 0.1:
             subsets = self.rng.sample(subsets, min(len(subsets), TRIES_MAX))
         images = [fs.image() for fs in world.zones]
-        history = list(scenario.history)
+        history, begun = list(scenario.history), dict(scenario.begun)
         former = scenario.epoch, scenario.writing, world.trigger, dict(scenario.logs), world.zone_rots
         unsure, whole = set(scenario.troubles.unsure), scenario.troubles.whole
         world.trigger = None
         for absent in subsets:
             scenario.epoch, scenario.writing = former[0], former[1]
             self._try(absent)
-            scenario.history = list(history)
+            scenario.history, scenario.begun = list(history), dict(begun)
             scenario.troubles.unsure = set(unsure)
             for fs, image in zip(world.zones, images, strict=True):
                 fs.restore(image)

@@ -90,6 +90,8 @@ class ZoneScenario(Scenario):
         world.zone_rots = True
         self.epoch: Epoch | None = None
         self.history: list[Epoch] = []
+        self.begun: dict[str, tuple[int, Epoch]] = {}
+        """By id: epochs of which it is not known whether they came into force, and how long `history` was then."""
         self.changing = 0
         self._unsure = False
         self.life = ZoneLife(self, random.Random(seed * 11 + 6)) if rng.random() < knobs.zone_changes else None
@@ -225,10 +227,16 @@ class ZoneScenario(Scenario):
 
     def has_to_open(self, model: DiskModel, absent: set[int]) -> bool:
         """Whether the end of the VDI's log shows without these zones: of each epoch since it was opened fewer than
-        `copies` of the zones that took data are silent. One that was removed since is not missed."""
+        `copies` of the zones that took data are silent. One that was removed since is not missed. An epoch whose record
+        some zone here has may have been in force, whether or not the process knew when it died."""
         newest = self.history[-1]
         known = {zone.id for zone in (*newest.members, *newest.out)}
-        for epoch in self.history[model.opened_in :]:
+        maybe = [
+            epoch
+            for at, epoch in self.begun.values()
+            if at >= model.opened_in and any(self._knows(zone_of(m.path), epoch, absent) for m in epoch.members)
+        ]
+        for epoch in (*self.history[model.opened_in :], *maybe):
             placing = [m for m in epoch.members if m.state == "in"]
             kept = [m for m in placing if m.id in known]
             silent = [m for m in kept if not self._knows(zone_of(m.path), epoch, absent)]
@@ -236,12 +244,12 @@ class ZoneScenario(Scenario):
                 return False
         return True
 
-    async def _open_disk(self, store: Store, model: DiskModel) -> None:
+    async def open_disk(self, store: Store, model: DiskModel) -> None:
         for _ in range(600):
             out = {int(zone.path.removeprefix("/zone")) for zone in store.epoch.out}
             now = len(self.history) - 1
             try:
-                await super()._open_disk(store, model)
+                await super().open_disk(store, model)
                 model.opened_in = now
                 return
             except Unavailable as error:
@@ -254,7 +262,7 @@ class ZoneScenario(Scenario):
         raise Violation(f"{model.name} can't be opened though every zone is back")
 
     async def _create(self, store: Store, model: DiskModel) -> None:
-        zones = len(store.epoch.members) + len(store.epoch.out)
+        zones = sum(zone.state == "in" for zone in (*store.epoch.members, *store.epoch.out))
         model.copies = model.copies_least = min(model.copies, zones)
         await super()._create(store, model)
 
@@ -406,7 +414,7 @@ class ZoneScenario(Scenario):
 def watched(scenario: ZoneScenario) -> Iterator[None]:
     """Epochs that come into force are noted, recovery under way is counted, and what is waited for comes soon."""
     world, rng = scenario.world, scenario.rng
-    write, in_force, make = Membership._write, Membership._in_force, Recovery._pass
+    write, put, in_force, make = Membership._write, Membership._put, Membership._in_force, Recovery._pass
 
     async def counted_write(self: Membership, *args: Any, **options: Any) -> None:
         scenario.changing += 1
@@ -418,8 +426,13 @@ def watched(scenario: ZoneScenario) -> Iterator[None]:
             raise
         scenario.changing -= 1
 
+    async def noted_put(self: Membership, epoch: Epoch) -> dict[int, str]:
+        scenario.begun.setdefault(epoch.id, (len(scenario.history), epoch))
+        return await put(self, epoch)
+
     def noted(self: Membership, epoch: Epoch) -> None:
         in_force(self, epoch)
+        scenario.begun.pop(epoch.id, None)
         scenario.epoch, scenario._unsure = epoch, False
         scenario.history.append(epoch)
         scenario.troubles.epoch_changed(epoch)
@@ -443,10 +456,12 @@ def watched(scenario: ZoneScenario) -> Iterator[None]:
         for module, name, value in limits:
             setattr(module, name, value)
         Membership._write, Membership._in_force = counted_write, noted  # type: ignore[method-assign]
+        Membership._put = noted_put  # type: ignore[method-assign]
         Recovery._pass = counted_pass  # type: ignore[method-assign]
         yield
     finally:
         Membership._write, Membership._in_force, Recovery._pass = write, in_force, make  # type: ignore[method-assign]
+        Membership._put = put  # type: ignore[method-assign]
         for module, name, value in former:
             setattr(module, name, value)
 

@@ -8,6 +8,7 @@ import pytest
 from objstore.backend.base import ZoneFailed
 from objstore.errors import Corrupt, Unavailable
 from objstore.log.address import BLOCK_BITS
+from objstore.log.reader import in_turn, load_directory
 from objstore.units import BLOCK_BYTES
 from tests.conftest import ExpectedWarnings
 from tests.support.disks import ModelDisk
@@ -287,3 +288,19 @@ async def test_a_copy_of_another_writer_is_not_read(
             make_stale(image)
     assert await disk.read(0, 100) == disk.expected(0, 100)
     assert disk.vdi.disk.env.bad_copies
+
+
+async def test_a_copy_that_was_moved_while_it_was_looked_for_is_no_bad_one(disk: ModelDisk) -> None:
+    """Recovery takes it out of the table and removes it while a read waits for its directory."""
+    await fill(disk, reopen=True)
+    env = disk.vdi.disk.env
+    segment = next(s for s in disk.vdi.disk.segments.values() if len(s.zones) == 2)
+    first = in_turn(env, segment)[0]
+    executor_of(env).hold(first)
+    directory = asyncio.create_task(load_directory(env, segment))
+    await turns()
+    segment.zones = tuple(z for z in segment.zones if z != first)
+    del disk.world.storages[first].objects[segment.name]
+    executor_of(env).release(first)
+    assert await directory is not None
+    assert not env.bad_copies

@@ -38,6 +38,7 @@ def _failures_are_logged(expected_warnings: ExpectedWarnings, monkeypatch: pytes
         "failed: ",
         "copies are missing",
         "a copy is missing",
+        "a copy could not be written",
         "can't be looked at",
         "recovery",
         "no head could be written",

@@ -97,7 +97,7 @@ async def test_what_create_refuses(world: World) -> None:
         with pytest.raises(InvalidRequest, match="impossible"):
             await store.create_vdi("other", size)
     for copies in (0, 4):
-        with pytest.raises(InvalidRequest, match="the store's zones are 3"):
+        with pytest.raises(InvalidRequest, match="3 zones of the store take data"):
             await store.create_vdi("other", MIB, copies=copies)
     with pytest.raises(InvalidRequest, match="mode 'fast'"):
         await store.create_vdi("other", MIB, mode="fast")

@@ -8,6 +8,7 @@ import pytest
 
 from objstore.backend.base import ZoneFailed
 from objstore.errors import NoSpace, StoreError, Unavailable
+from objstore.log.checkpoint import CheckpointZones
 from objstore.units import BLOCK_BYTES, KIB, MIB
 from objstore.volume.settings import StoreSettings
 from tests.conftest import ExpectedWarnings
@@ -224,6 +225,30 @@ async def test_two_zones_that_hang_at_once_go_both(first_fails: bool) -> None:
     await disk.check()
     executor_of(store.env).release(open_zones[0], other)
     await world.stop()
+
+
+@pytest.mark.parametrize("only", ["", "segment", "checkpoint"])
+async def test_a_slow_zone_stays_that_has_the_only_copy_of_something(world: World, only: str) -> None:
+    """Not only of what is being written: of anything that is sealed, and of the map."""
+    disk = await ModelDisk(world).create(copies=3)
+    await disk.churn(30)
+    await disk.vdi.keeper.checkpoint()
+    store, keeper, zones = world.store, disk.vdi.keeper, disk.vdi.disk.checkpoint_zones
+    assert store is not None
+    assert isinstance(zones, CheckpointZones)
+    if only == "segment":
+        next(iter(disk.vdi.disk.segments.values())).zones = (1,)
+    elif only == "checkpoint":
+        zones.found(keeper.number, [1])
+    executor_of(store.env).hold(1)
+    await disk.write(5, 3)
+    flush = asyncio.create_task(disk.vdi.flush())
+    await let_time_pass(world, 8.0)
+    assert in_service(world) == ({0, 1, 2} if only else {0, 2})
+    assert flush.done() is not bool(only)
+    executor_of(store.env).release(1)
+    await flush
+    await disk.check()
 
 
 async def test_below_min_copies_writes_fail_and_reads_go_on(world: World, expected_warnings: ExpectedWarnings) -> None:
