@@ -26,6 +26,17 @@ DONE: Final = "guest: done"
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 _LIBRARY: Final = re.compile(r"(?:=> )?(/\S+) \(0x")
 
+_SWITCH: Final = """#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /new
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t devtmpfs dev /dev
+for module in {modules}; do /bin/busybox modprobe $module; done
+until [ -b {root} ]; do /bin/busybox usleep 50000; done
+/bin/busybox mount -o noatime {root} /new
+exec /bin/busybox switch_root /new /bin/busybox sh /init
+"""
+"""The first program where the root file system is a disk's, which has an /init of its own."""
+
 _INIT: Final = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/sbin:/bin PYTHONPATH=/lib/ours PYTHONDONTWRITEBYTECODE=1
@@ -34,13 +45,14 @@ for module in {modules}; do modprobe $module || echo "guest: no module $module";
 ifconfig lo 127.0.0.1 up
 ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
 mkdir -p /mnt /tmp /run /var/run
+mount -t tmpfs tmp /tmp && mount -t tmpfs run /run
 if sh -ex /script 2>/tmp/trace; then echo "{done}"; else dmesg | tail -n 20; tail -n 20 /tmp/trace; fi
 sync
 poweroff -f
 """
 
 
-def _kernel() -> tuple[Path, str]:
+def kernel() -> tuple[Path, str]:
     """The newest cloud kernel that is installed, and its version."""
     if platform.machine() != "x86_64":
         unavailable(f"the guest is an x86-64 one, this machine is {platform.machine()}")
@@ -117,6 +129,20 @@ def _add_modules(version: str, root: Path) -> None:
     _output(find("depmod"), "--basedir", root, version)
 
 
+def make_tree(root: Path, script: str, version: str, programs: Sequence[str] = ()) -> None:
+    """What the guest's root file system holds."""
+    (root / "bin").mkdir(parents=True)
+    for folder in ("proc", "sys", "dev", "etc"):
+        (root / folder).mkdir()
+    shutil.copy(find("busybox"), root / "bin/busybox")
+    for program in programs:
+        _add_program(program, root)
+    _add_modules(version, root)
+    (root / "init").write_text(_INIT.format(modules=" ".join(MODULES), done=DONE))
+    (root / "init").chmod(0o755)
+    (root / "script").write_text(script)
+
+
 class Machine:
     """One boot.
 
@@ -134,23 +160,17 @@ class Machine:
         drives: Sequence[str] = (),
         python: Sequence[str] = (),
         more: Sequence[str] = (),
+        root_device: str = "",
     ) -> None:
-        """more: further arguments of qemu."""
-        self.kernel, version = _kernel()
+        """more: further arguments of qemu. root_device: the disk that it goes on from, which has the script instead."""
+        self.kernel, version = kernel()
         qemu = find("qemu-system-x86_64")
         root = directory / "root"
-        (root / "bin").mkdir(parents=True)
-        for folder in ("proc", "sys", "dev", "etc"):
-            (root / folder).mkdir()
-        shutil.copy(find("busybox"), root / "bin/busybox")
-        for program in programs:
-            _add_program(program, root)
+        make_tree(root, script, version, programs)
         if python:
             _add_python(python, root)
-        _add_modules(version, root)
-        (root / "init").write_text(_INIT.format(modules=" ".join(MODULES), done=DONE))
-        (root / "init").chmod(0o755)
-        (root / "script").write_text(script)
+        if root_device:
+            (root / "init").write_text(_SWITCH.format(modules=" ".join(MODULES), root=root_device))
         self._initramfs = directory / "initramfs"
         names = "\n".join(sorted(str(path.relative_to(root)) for path in root.rglob("*")))
         with self._initramfs.open("wb") as archive:

@@ -34,6 +34,7 @@ PACKAGES = {
     "sync": "coreutils",
     "fusermount3": "fuse3",
     "qemu-system-x86_64": "qemu-system-x86",
+    "mke2fs": "e2fsprogs",
     "busybox": "busybox-static",
     "nbd-client": "nbd-client",
     "modprobe": "kmod",
