@@ -75,12 +75,14 @@ def build_parser() -> Parser:
     status = commands.add_parser("status", help="show the health of a store and its zones")
     _add_common(status)
     _add_force(status)
-    store = commands.add_parser("store", help="show what a store is")
-    info = store.add_subparsers(dest="store_command", metavar="COMMAND", required=True).add_parser(
+    store = commands.add_parser("store", help="show what a store is, and bring it to the newest format")
+    store_commands = store.add_subparsers(dest="store_command", metavar="COMMAND", required=True)
+    info = store_commands.add_parser(
         "info", help="show when a store was made, its format, its epochs and what lies in its zones"
     )
     _add_common(info)
     _add_force(info)
+    _add_common(store_commands.add_parser("upgrade", help="bring a store to the newest format (so far there is one)"))
     add_attach(commands.add_parser("attach", help="make an export /dev/nbdN of this machine, and keep it attached"))
     add_detach(commands.add_parser("detach", help="flush and detach /dev/nbdN"))
     check = commands.add_parser("check", help="check a store that no server has open, without changing it")

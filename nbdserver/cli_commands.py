@@ -188,7 +188,7 @@ def administer(arguments: argparse.Namespace) -> None:
         if arguments.command == "status":
             _status(admin, arguments)
         elif arguments.command == "store":
-            _store_info(admin, arguments)
+            (_store_upgrade if arguments.store_command == "upgrade" else _store_info)(admin, arguments)
         elif arguments.command == "scrub":
             from nbdserver.cli_copies import scrub
 
@@ -221,6 +221,17 @@ def _store_info(admin: "Admin", arguments: argparse.Namespace) -> None:
 
     info = admin.info()
     show(info, info_text, as_json=arguments.json)
+
+
+def _store_upgrade(admin: "Admin", arguments: argparse.Namespace) -> None:
+    """Opening has refused what this program doesn't know; of what it knows, version 1 is the only one."""
+    from nbdserver.cli_output import print_json
+
+    version = admin.info().format_version
+    if arguments.json:
+        print_json({"format_version": version, "changed": []})
+    else:
+        print(f"format {version} is the newest that this program writes: nothing to change")
 
 
 def _vdi_create(admin: "Admin", arguments: argparse.Namespace) -> None:
