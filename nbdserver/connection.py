@@ -118,6 +118,11 @@ class Connection:
         return self._payload_since if waiting_since is None else waiting_since
 
     @property
+    def moved_bytes(self) -> int:
+        """Received and sent so far."""
+        return self._received_bytes + self._sender.sent_bytes
+
+    @property
     def client(self) -> str:
         """Who is at the other end (identity.py)."""
         return self.peer.client

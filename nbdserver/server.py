@@ -9,7 +9,6 @@ import errno
 import logging
 import resource
 import socket
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -22,6 +21,7 @@ from nbdserver.identity import Fences, peer_of
 from nbdserver.listening import Listener, Listening
 from nbdserver.meters import Meters, Network
 from nbdserver.settings import ServerSettings
+from nbdserver.stalls import Stalls
 from nbdserver.tls import Tls
 from objstore.access.api import ClientStatus
 from objstore.errors import StoreError
@@ -320,15 +320,14 @@ class Server:
             log.error("connection failed peer=%s", connection.peer, exc_info=task.exception())
 
     async def _watch(self) -> None:
-        """Close connections that do not move while they hold buffers that others wait for."""
+        """Close connections that hardly move while they hold buffers that others wait for."""
+        stalls: Stalls[Connection] = Stalls()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            if self._common.pool.short:
-                limit = time.monotonic() - self.settings.stall_seconds
-                for connection in list(self._connections):
-                    if connection.stalled_since is not None and connection.stalled_since < limit:
-                        self._common.counts.stalled += 1
-                        connection.abort("it stalled and others wait for its memory")
+            short, stall_seconds = self._common.pool.short, self.settings.stall_seconds
+            for connection in stalls.found(self._connections, short=short, stall_seconds=stall_seconds):
+                self._common.counts.stalled += 1
+                connection.abort("it stalled and others wait for its memory")
 
 
 def _set_send_buffer(sock: socket.socket, size_bytes: int) -> None:

@@ -73,6 +73,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.turns": set(),
     "nbdserver.identity": set(),
     "nbdserver.admission": {"nbdserver.settings"},
+    "nbdserver.stalls": set(),
     "nbdserver.http_log": set(),
     "nbdserver.meters": WIRE,
     "nbdserver.slow": {"nbdserver.complaints", "nbdserver.meters"},
@@ -108,7 +109,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | MACHINES
     | CONNECTION
     | IDENTITY
-    | {"nbdserver.tls", "nbdserver.admission"},
+    | {"nbdserver.tls", "nbdserver.admission", "nbdserver.stalls"},
     "nbdserver.config": {"nbdserver.server", "nbdserver.tls"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),

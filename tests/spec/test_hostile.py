@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nbdserver import server as server_module
 from tests.conftest import ExpectedWarnings
 from tests.support.channel import Disconnected
 from tests.support.nbd_client import NbdClient, attached, connected
@@ -176,6 +177,31 @@ async def test_hoarders_of_buffers_are_closed(tmp_path: Path) -> None:
             async with meanwhile(honest.write(64 * MIB, data)) as writing:
                 await busy_others(served)
                 await writing
+            assert await honest.read(64 * MIB, 32 * MIB) == data
+
+
+async def test_hoarders_that_move_a_byte_now_and_then_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that announce payloads and send them drop by drop are dropped as well when others wait for memory."""
+    monkeypatch.setattr(server_module, "WATCH_SECONDS", 0.05)
+    settings: dict[str, Any] = {"buffer_bytes_max": 128 * MIB, "stall_seconds": 1.5}
+
+    data = random.Random(8).randbytes(32 * MIB)
+
+    async def drip(client: NbdClient) -> None:
+        with contextlib.suppress(Disconnected):
+            while True:
+                await client.send(b"x")
+                await asyncio.sleep(0.02)
+
+    async with serve([Disk()], tmp_path, **settings) as served, contextlib.AsyncExitStack() as stack:
+        for _ in range(6):
+            client = await stack.enter_async_context(served.attached())
+            await client.send(client.pack_request(Command.WRITE, 0, 32 * MIB, cookie=1) + bytes(60_000))
+            await stack.enter_async_context(meanwhile(drip(client)))
+        async with served.attached() as honest:
+            await honest.write(64 * MIB, data)
             assert await honest.read(64 * MIB, 32 * MIB) == data
 
 
