@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from nbdserver.attach.command import add_attach, add_detach
 from nbdserver.cli_diff_arguments import add_diffs
-from nbdserver.cli_library_arguments import add_attr, add_jobs, add_limit, add_transfers, add_trash
+from nbdserver.cli_library_arguments import add_attr, add_group, add_jobs, add_limit, add_transfers, add_trash
 from nbdserver.cli_server_arguments import add_client, add_top
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
@@ -241,6 +241,13 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         _argument(_name),
         _argument(_operations),
         _argument(_bytes),
+    )
+    add_group(
+        commands.add_parser("snapshot-group", help="take a snapshot of several VDIs at one instant"),
+        _add_common,
+        _add_force,
+        _argument(_name),
+        _argument(_tag),
     )
     add_trash(lambda command, what: commands.add_parser(command, help=what), _add_common, _add_force, _argument(_name))
     add_transfers(

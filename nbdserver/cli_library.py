@@ -11,7 +11,7 @@ from typing import Final
 from nbdserver.cli_admin import POLL_SECONDS, WAIT_SECONDS, holder, note_of, resolve_zones
 from nbdserver.cli_diff import diff, export_diff, import_diff
 from nbdserver.cli_jobs import allocate, flatten, job
-from nbdserver.cli_output import limits_text, print_json
+from nbdserver.cli_output import limits_text, print_json, show, snapshot_table
 from nbdserver.cli_progress import progress
 from nbdserver.cli_transfer import download, show_map, upload
 from nbdserver.cli_trash import purge, trash, undelete
@@ -95,6 +95,13 @@ def limit(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> 
         print(limits_text(vdi.limits), f"weight {vdi.weight}", sep="\n")
 
 
+def snapshot_group(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> None:
+    """`vdi snapshot-group`."""
+    with progress(f"taking a snapshot of {len(arguments.names)} VDIs"):
+        taken = store.create_group_snapshot(arguments.names, arguments.tag, protected=arguments.protect)
+    show(taken, snapshot_table, as_json=arguments.json)
+
+
 COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namespace], None]]] = {
     "attr": attr,
     "limit": limit,
@@ -107,6 +114,7 @@ COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namesp
     "allocate": allocate,
     "flatten": flatten,
     "job": job,
+    "snapshot-group": snapshot_group,
     "trash": trash,
     "undelete": undelete,
     "purge": purge,

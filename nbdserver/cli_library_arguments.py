@@ -79,6 +79,17 @@ def add_jobs(commands: argparse.ArgumentParser, common: Add) -> None:
         common(parser)
 
 
+def add_group(
+    parser: argparse.ArgumentParser, common: Add, force: Add, name: Callable[[str], str], tag: Callable[[str], str]
+) -> None:
+    """`vdi snapshot-group`."""
+    parser.add_argument("tag", metavar="TAG", type=tag, help="name of the snapshot of each of them")
+    parser.add_argument("names", metavar="NAME", nargs="+", type=name)
+    parser.add_argument("--protect", action="store_true", help="let nobody delete them until they are unprotected")
+    common(parser)
+    force(parser)
+
+
 def add_trash(
     add: Callable[[str, str], argparse.ArgumentParser], common: Add, force: Add, name: Callable[[str], str]
 ) -> None:

@@ -39,6 +39,7 @@ from objstore.access.api import (
     ServerStatus,
     SetLimits,
     Status,
+    TakeGroupSnapshot,
     TakeSnapshot,
     ZoneChange,
     error_name,
@@ -91,6 +92,9 @@ class ControlledStore(ImportSource, StoreWithTrash, Protocol):
     async def create_snapshot(
         self, name: str, tag: str = "", *, skip_unchanged: bool = False, protected: bool = False
     ) -> SnapshotTaken: ...
+    async def create_group_snapshot(
+        self, names: Sequence[str], tag: str, *, protected: bool = False
+    ) -> list[SnapshotStatus]: ...
     async def delete_snapshot(self, name: str) -> None: ...
     async def clone(
         self, source: str, name: str, *, copies: int | None = None, mode: str | None = None
@@ -239,6 +243,11 @@ class ControlServer:
         return await self._store.create_snapshot(
             name, body.tag, skip_unchanged=body.skip_unchanged, protected=body.protected
         )
+
+    @operation("POST", "/v1/group-snapshots", status=201)
+    async def create_group_snapshot(self, body: TakeGroupSnapshot) -> list[SnapshotStatus]:
+        """Take a snapshot of several VDIs at one instant; all of it is durable when this is answered."""
+        return await self._store.create_group_snapshot(body.names, body.tag, protected=body.protected)
 
     @operation("GET", "/v1/snapshots/{name}")
     async def get_snapshot(self, name: str) -> SnapshotStatus:

@@ -52,6 +52,14 @@ class TakeSnapshot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     protected: bool = False
 
 
+class TakeGroupSnapshot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A snapshot to take of several VDIs at one instant."""
+
+    names: list[str]
+    tag: str
+    protected: bool = False
+
+
 class Clone(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A clone to make of a snapshot (VDI@TAG, VDI@INDEX) or of a VDI as it is; copies, mode: null = as there."""
 

@@ -281,6 +281,10 @@ class BlockingConnection:
             self._connection.create_snapshot(name, tag, skip_unchanged=skip_unchanged, protected=protected)
         )
 
+    def create_group_snapshot(self, names: Sequence[str], tag: str, *, protected: bool = False) -> list[SnapshotStatus]:
+        """See Connection."""
+        return self._runner.run(self._connection.create_group_snapshot(names, tag, protected=protected))
+
     def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         """See Connection."""
         return self._runner.run(self._connection.protect_snapshot(name, protected=protected))

@@ -1,7 +1,7 @@
 """A connection to a store: what can be asked of it, in this process and behind a server alike."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from objstore.access import export
 from objstore.access.export import Pieces
@@ -132,6 +132,13 @@ class Connection(ABC):
     ) -> SnapshotTaken:
         """Take a snapshot of a VDI, open or not; what was acknowledged before is in it, and it is durable on return.
         tag: "" = only a number. skip_unchanged: not if nothing was written since the last one."""
+
+    @abstractmethod
+    async def create_group_snapshot(
+        self, names: Sequence[str], tag: str, *, protected: bool = False
+    ) -> list[SnapshotStatus]:
+        """Take a snapshot of several VDIs at one instant and under one tag, all or none: what was acknowledged on any
+        of them before is in it, what is asked for on any afterwards is not. Durable on return."""
 
     @abstractmethod
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:

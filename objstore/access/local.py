@@ -1,7 +1,7 @@
 """The library over zones that this process opens itself."""
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from objstore.access.connection import Connection
 from objstore.access.handle import VdiHandle
@@ -135,6 +135,12 @@ class LocalConnection(Connection):
     ) -> SnapshotTaken:
         """See Connection."""
         return await self.store.create_snapshot(name, tag, skip_unchanged=skip_unchanged, protected=protected)
+
+    async def create_group_snapshot(
+        self, names: Sequence[str], tag: str, *, protected: bool = False
+    ) -> list[SnapshotStatus]:
+        """See Connection."""
+        return await self.store.create_group_snapshot(names, tag, protected=protected)
 
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         """See Connection."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -32,6 +32,7 @@ from objstore.access.api import (
     Session,
     SetLimits,
     Status,
+    TakeGroupSnapshot,
     TakeSnapshot,
     Undelete,
     ZeroRange,
@@ -333,6 +334,13 @@ class RemoteConnection(Connection):
         """See Connection."""
         body = TakeSnapshot(tag=tag, skip_unchanged=skip_unchanged, protected=protected)
         return await self.http.ask("POST", f"{_path(name)}/snapshots", SnapshotTaken, body)
+
+    async def create_group_snapshot(
+        self, names: Sequence[str], tag: str, *, protected: bool = False
+    ) -> list[SnapshotStatus]:
+        """See Connection."""
+        wanted = TakeGroupSnapshot(names=list(names), tag=tag, protected=protected)
+        return await self.http.ask("POST", "/v1/group-snapshots", list[SnapshotStatus], wanted)
 
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         """See Connection."""

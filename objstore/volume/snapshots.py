@@ -7,18 +7,19 @@ whoever asked for it goes away.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
-from objstore.errors import Busy, Exists, NotFound, StoreError, Suspended
+from objstore.errors import Busy, Exists, InvalidRequest, NotFound, StoreError, Suspended
 from objstore.format.catalog import DeleteEntry, Entry, SnapshotDeleteEntry, SnapshotEntry, VdiEntry
 from objstore.names import check_tag
 from objstore.volume.openvdis import OpenVdis
 from objstore.volume.starting import Started
 from objstore.volume.status import SnapshotStatus, SnapshotTaken
+from objstore.volume.together import begin_together
 
 log = logging.getLogger(__name__)
 
@@ -164,40 +165,94 @@ class SnapshotOperations(OpenVdis):
     async def _take_sized(
         self, entry: VdiEntry, tag: str = "", *, protected: bool = False, hidden: bool = False, origin: str = ""
     ) -> SnapshotEntry:
-        """origin: the VDI is what was imported; with the same record it is whole."""
+        """See `_take_together`."""
+        return (await self._take_together([entry], tag, protected=protected, hidden=hidden, origin=origin))[0]
+
+    async def _take_together(
+        self,
+        entries: Sequence[VdiEntry],
+        tag: str,
+        *,
+        protected: bool = False,
+        hidden: bool = False,
+        origin: str = "",
+    ) -> list[SnapshotEntry]:
+        """Snapshots of one instant, in one catalog record. entries: in the order of their logs' numbers. origin: the
+        one VDI is what was imported; with the same record it is whole."""
         state = self.catalog.state
-        snapshot: SnapshotEntry | None = None
-        async with self.using(entry) as vdi:
-            if vdi.prealloc:
-                await self._check_prealloc(vdi.size_bytes)  # every block may be written anew beside the old one
-            number, position = await vdi.begin_snapshot()
+        taken: list[SnapshotEntry] = []
+        async with AsyncExitStack() as stack:
+            vdis = [await stack.enter_async_context(self.using(entry)) for entry in entries]
+            reserved = sum(vdi.size_bytes for vdi in vdis if vdi.prealloc)
+            if reserved:
+                await self._check_prealloc(reserved)  # every block may be written anew beside the old one
+            points = await begin_together(vdis)
             try:
-                await vdi.durable_to(position)
+                durable = (vdi.durable_to(position) for vdi, (_, position) in zip(vdis, points, strict=True))
+                for result in await asyncio.gather(*durable, return_exceptions=True):
+                    if isinstance(result, BaseException):
+                        raise result
                 async with self._change:
-                    now = self._entry_of(entry.vdi_id)
-                    self._check_tag_free(now.name, tag)
-                    if not origin and not hidden:
-                        self._check_whole(now)
-                    snapshot = SnapshotEntry(
-                        snapshot_id=state.next_snapshot,
-                        log=entry.log,
-                        checkpoint=number,
-                        position=position,
-                        vdi_id=entry.vdi_id,
-                        tag=tag,
-                        index=0 if hidden else max((s.index for s in state.snapshots_named(now.name)), default=0) + 1,
-                        size_bytes=now.size_bytes,
-                        created=self.env.clock.wall(),
-                        protected=protected,
-                        hidden=hidden,
-                        origin=origin,
-                    )
-                    whole = [msgspec.structs.replace(state.imports[now.vdi_id], identity="")] if origin else []
-                    await self.catalog.commit(snapshot, *whole)
+                    for entry, (number, position) in zip(entries, points, strict=True):
+                        now = self._entry_of(entry.vdi_id)
+                        self._check_tag_free(now.name, tag)
+                        if not origin and not hidden:
+                            self._check_whole(now)
+                        index = max((s.index for s in state.snapshots_named(now.name)), default=0) + 1
+                        taken.append(
+                            SnapshotEntry(
+                                snapshot_id=state.next_snapshot + len(taken),
+                                log=entry.log,
+                                checkpoint=number,
+                                position=position,
+                                vdi_id=entry.vdi_id,
+                                tag=tag,
+                                index=0 if hidden else index,
+                                size_bytes=now.size_bytes,
+                                created=self.env.clock.wall(),
+                                protected=protected,
+                                hidden=hidden,
+                                origin=origin,
+                            )
+                        )
+                    imported = [state.imports[entry.vdi_id] for entry in entries] if origin else []
+                    whole = [msgspec.structs.replace(entry, identity="") for entry in imported]
+                    await self.catalog.commit(*taken, *whole)
             finally:
-                if snapshot is None or snapshot.snapshot_id not in state.snapshots:
-                    vdi.keeper.end_snapshot(number)
-        return snapshot
+                if not taken or taken[-1].snapshot_id not in state.snapshots:
+                    for vdi, (number, _) in zip(vdis, points, strict=True):
+                        vdi.keeper.end_snapshot(number)
+        return taken
+
+    # -- groups -------------------------------------------------------------------------------------------------
+
+    async def create_group_snapshot(
+        self, names: Sequence[str], tag: str, *, protected: bool = False
+    ) -> list[SnapshotStatus]:
+        """Take a snapshot of several VDIs, attached or not, at one instant and under one tag: all or none, durable on
+        return. What was acknowledged on any of them before the call is in it, what is asked for on any after its return
+        is not. Exists: one has the tag; InvalidRequest: no tag can be that, or a name is given twice; NotFound;
+        NoSpace; Unavailable."""
+        check_tag(tag)
+        if not names or not tag:
+            raise InvalidRequest("a snapshot of a group has a tag and at least one VDI")
+        if len(set(names)) != len(names):
+            raise InvalidRequest(f"a VDI is given twice among {', '.join(names)}")
+        entries = sorted((self._entry(name) for name in names), key=lambda entry: entry.log)
+        for name in names:
+            self._check_tag_free(name, tag)
+        taken = await self._own(self._take_group(entries, tag, protected))
+        found = {entry.vdi_id: self._snapshot_status(entry) for entry in taken}
+        vdis = {entry.name: entry.vdi_id for entry in entries}
+        return [found[vdis[name]] for name in names]
+
+    async def _take_group(self, entries: Sequence[VdiEntry], tag: str, protected: bool) -> list[SnapshotEntry]:
+        for entry in entries:
+            self._check_whole(entry)
+        async with AsyncExitStack() as stack:
+            for entry in sorted(entries, key=lambda entry: entry.vdi_id):
+                await stack.enter_async_context(self._sized(entry.vdi_id))
+            return await self._take_together(entries, tag, protected=protected)
 
     def _entry_of(self, vdi_id: int) -> VdiEntry:
         """The VDI as it is now. NotFound: it was deleted meanwhile."""

@@ -30,13 +30,13 @@ from objstore.volume.opening import Placement
 from objstore.volume.reading import Reading, cover
 from objstore.volume.standstill import Standstill
 from objstore.volume.throttle import Throttle
+from objstore.volume.together import begin_together
 
 FILL_BLOCKS_MAX = (1 << 32) - REGION_BLOCKS
 """Of one operation; a longer fill is cut between regions of the map."""
 RECLAIMS_MAX = 8
 """Times that one request waits for something to be freed and then meets full zones again. What was freed may have been
 dense segments moved elsewhere, with nothing won."""
-TRIES_WITHOUT_TURN = 3
 ALLOCATE_BLOCKS_MAX = 1 << 18
 ALLOCATE_RUNS_MAX = 256
 """Of one step: others get their turn between two."""
@@ -134,6 +134,11 @@ class Vdi(Reading):
         await writer.flush()
         await writer.sealed_below(writer.tail_number)
         writer.min_copies = min_copies
+
+    @property
+    def turn(self) -> asyncio.Lock:
+        """Whoever holds it is the only one who puts something into the log."""
+        return self._turn
 
     @property
     def description(self) -> str:
@@ -489,25 +494,8 @@ class Vdi(Reading):
     # -- snapshots ----------------------------------------------------------------------------------------------
 
     async def begin_snapshot(self) -> tuple[int, int]:
-        """Set the point of a snapshot: (number of the checkpoint that begins there, position of the last operation in
-        it). What was acknowledged before this call is in it, what is asked for after its return is not. NoSpace.
-
-        Where a checkpoint is under way the point comes behind it; clients' writes wait for that only when new ones
-        begin again and again.
-        """
-        tries = 0
-        while True:
-            async with self._turn:
-                while True:
-                    if self.closed is not None:
-                        raise self.closed
-                    if self.keeper.ready_for_snapshot:
-                        return self.keeper.begin_snapshot(), self._writer.position
-                    tries += 1
-                    if tries < TRIES_WITHOUT_TURN:
-                        break
-                    await self.keeper.next_chance()
-            await self.keeper.next_chance()
+        """`begin_together` of this VDI alone."""
+        return (await begin_together([self]))[0]
 
     async def durable_to(self, position: int) -> None:
         """Return when everything up to that operation is durable, whatever the mode. Unavailable."""

@@ -40,6 +40,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "get_snapshot": {"name": "disk@old"},
     "protect_snapshot": {"name": "disk@old", "body": {"protected": False}},
     "delete_snapshot": {"name": "disk@old"},
+    "create_group_snapshot": {"body": {"names": ["disk", "kept"], "tag": "group"}},
     "undelete": {"name": "gone", "body": {"name": "back", "vdi_id": None}},
     "purge": {"name": "away"},
     "set_copies": {"name": "disk", "body": {"copies": 1}},
@@ -78,6 +79,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     settings = StoreSettings(trash_days=1.0)
     store = await open_store([tmp_path / "a", tmp_path / "b"], settings=settings, create=True)
+    await store.create_vdi("kept", MIB)
     for name in ("gone", "away"):
         await store.create_vdi(name, MIB)
         await store.delete_vdi(name)

@@ -99,6 +99,18 @@ async def test_snapshots_are_listed_where_that_is_asked_for(
         assert server.stop() == (0, "")
 
 
+def test_a_group(tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tmp_path, zones, "--vdi", "data:1M", "--vdi", "log:1M") as server:
+        server.exports(2)
+        taken = sheepfold(capsys, "vdi", "snapshot-group", "evening", "log", "data", "--protect", "--zone", zones[0])
+        assert [(s["name"], s["protected"]) for s in taken] == [("log@evening", True), ("data@evening", True)]
+        assert server.stop() == (0, "")
+    code, line = fails(capsys, "vdi", "snapshot-group", "evening", "log", "--zone", zones[0])
+    assert (code, "log@evening" in line) == (4, True)
+    taken = sheepfold(capsys, "vdi", "snapshot-group", "night", "log", "data", "--zone", zones[0])
+    assert [s["name"] for s in taken] == ["log@night", "data@night"]
+
+
 def test_what_people_see(tmp_path: Path, zones: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from nbdserver.cli import main
 

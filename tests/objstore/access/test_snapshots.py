@@ -37,3 +37,16 @@ async def test_the_life_of_a_snapshot(store: Connection, vdi: VdiHandle) -> None
     with pytest.raises(NotFound):
         await store.open("disk@monday")
     assert await names(store, "disk") == ["disk@2"]
+
+
+async def test_a_group(store: Connection, vdi: VdiHandle) -> None:
+    await store.create("other", MIB)
+    await vdi.write(0, b"then", writeback=True)
+    taken = await store.create_group_snapshot(["other", "disk"], "t", protected=True)
+    assert [(snapshot.name, snapshot.protected) for snapshot in taken] == [("other@t", True), ("disk@t", True)]
+    await vdi.write(0, b"now!")
+    async with store.open("disk@t") as snapshot:
+        assert await snapshot.read(0, 4) == b"then"
+    with pytest.raises(NotFound):
+        await store.create_group_snapshot(["disk", "nobody"], "u")
+    assert await names(store) == ["disk@t", "other@t"]
