@@ -40,6 +40,7 @@ PACKAGES = {
     "modprobe": "kmod",
     "depmod": "kmod",
     "cpio": "cpio",
+    "virt-xml-validate": "libvirt-clients libxml2-utils",
     "systemd-analyze": "systemd",
     "systemd-sysusers": "systemd",
     "systemd-tmpfiles": "systemd",
