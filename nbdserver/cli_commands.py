@@ -102,6 +102,7 @@ def _plan(arguments: argparse.Namespace) -> "ServePlan":
         force=arguments.force_open,
         swap=arguments.swap,
         tls=_tls(arguments, config.tls),
+        access=config.access,
     )
 
 

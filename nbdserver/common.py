@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from nbdserver.access import Attachments
 from nbdserver.buffers import BufferPool
 from nbdserver.complaints import Complaints
 from nbdserver.dispatch import REPLY_AREA_BYTES
@@ -34,6 +35,7 @@ class Common:
         self.tls = tls
         """For connections that begin from now on; None: TLS is off."""
         self.exports = exports
+        self.attachments = Attachments()
         self.entered = entered
         """Awaited with a connection that has taken its volume, before its first request."""
         self.complain = Complaints(log)

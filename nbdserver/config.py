@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
+from nbdserver.access import ALL_OTHERS, Access, ExportRules, Who
 from nbdserver.server import ServerSettings
 from nbdserver.tls import TlsSettings
 from objstore.errors import InvalidRequest
@@ -72,9 +73,12 @@ class Config:
     store: StoreSettings = field(default_factory=StoreSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
+    access: Access = field(default_factory=Access)
 
 
-_TABLES: Final = ("store", "server", "vdi", "tls")
+_TABLES: Final = ("store", "server", "vdi", "tls", "access")
+WHO_KEYS: Final = frozenset(("see", "read", "write"))
+"""Keys of [access.NAME] that list clients."""
 
 SERVER_BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "list_snapshots": (False, True),
@@ -135,7 +139,31 @@ def parse(document: Mapping[str, Any], directory: Path) -> Config:
         store=_convert(_table(document, "store"), StoreSettings, "store", _keys(StoreSettings)),
         server=_server_settings(_table(document, "server")),
         tls=_tls_settings(_table(document, "tls"), directory),
+        access=_access(_table(document, "access")),
     )
+
+
+def _access(table: Mapping[str, Any]) -> Access:
+    rules = {}
+    for name, one in table.items():
+        where = f"access.{name}"
+        if name != ALL_OTHERS:
+            base, at, tag = name.partition("@")
+            check_name(base, "name in [access]")
+            if at:
+                check_name(tag, "tag in [access]")
+        clients: dict[str, Any] = {}
+        rest = dict(one) if isinstance(one, dict) else one
+        if isinstance(rest, dict):
+            for key in WHO_KEYS & rest.keys():
+                listed = rest.pop(key)
+                if not isinstance(listed, list):
+                    raise InvalidRequest(f"{where}.{key} must be a list of tables, e.g. [{{ certificate = 'web' }}]")
+                clients[key] = [
+                    _convert(who, Who, f"{where}.{key}[{index}]", _keys(Who)) for index, who in enumerate(listed)
+                ]
+        rules[name] = dataclasses.replace(_convert(rest, ExportRules, where, _keys(ExportRules)), **clients)
+    return Access(rules)
 
 
 def _tls_settings(table: Mapping[str, Any], directory: Path) -> TlsSettings:

@@ -30,8 +30,9 @@ from typing import Final
 
 from nbdserver.buffers import Buffer
 from nbdserver.common import Common
-from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, Dispatch, open_volume
-from nbdserver.exports import query_of, snapshot_of
+from nbdserver.dispatch import BATCH_READ_BYTES_MAX, BATCH_REQUESTS_MAX, Dispatch
+from nbdserver.entrance import Entrance
+from nbdserver.exports import query_of
 from nbdserver.handshake import Enter, Handshake, Secure, State, TlsMode
 from nbdserver.identity import Peer
 from nbdserver.meters import Meter
@@ -43,7 +44,7 @@ from nbdserver.tls_stream import TlsStream
 from nbdserver.transmission import Transmission
 from nbdserver.turns import Share
 from nbdserver.wire import replies
-from nbdserver.wire.constants import OptionReply, ProtocolError
+from nbdserver.wire.constants import ProtocolError
 from objstore.access.api import ClientStatus
 from objstore.units import KIB
 from objstore.volume.base import REQUEST_BYTES_MAX, Volume, VolumeInfo
@@ -68,9 +69,8 @@ class Connection:
         self.peer = peer
         self.number = next(common.numbers)
         self.export: str | None = None
-        self.volume: Volume | None = None
-        self._snapshots: dict[str, Volume] = {}
-        """Those that the selected contexts compare with, by their tags."""
+        self._entrance = Entrance(common, self, sock)
+        self._view = self._entrance.view(peer, secure=False)
         self._sock = sock
         self._common = common
         self._settings = common.settings
@@ -81,7 +81,7 @@ class Connection:
         self._stream: socket.socket | TlsStream = sock
         """What bytes go through: the socket itself, or TLS on it."""
         self._handshake = Handshake(
-            common.exports,
+            self._view,
             extended=self._settings.extended_headers,
             options_max=self._settings.options_max,
             tls=TlsMode.OFF if common.tls is None else common.tls.mode,
@@ -121,6 +121,15 @@ class Connection:
     def moved_bytes(self) -> int:
         """Received and sent so far."""
         return self._received_bytes + self._sender.sent_bytes
+
+    @property
+    def volume(self) -> Volume | None:
+        """What the client works on."""
+        return self._entrance.volume
+
+    def present(self) -> bool:
+        """See access.Attached."""
+        return not (self._dead or self.disconnected or self.hung_up())
 
     @property
     def client(self) -> str:
@@ -329,34 +338,18 @@ class Connection:
         self.peer = dataclasses.replace(
             self.peer, certificate=distinguished_name(shown), names=certificate_names(shown)
         )
-        self._handshake.secured(self._common.exports)
+        self._view = self._entrance.view(self.peer, secure=True)
+        self._handshake.secured(self._view)
 
     async def _open(self, name: str) -> VolumeInfo | None:
         """Open the volume behind an export and tell the handshake what came of it."""
-        if self.client in self._common.fences:
-            self._handshake.refused(OptionReply.ERR_POLICY, f"{self.client} is fenced")
-            return None
-        opened = await open_volume(self._common.exports.source, name, self._common.complain)
-        if isinstance(opened, tuple):
+        opened = await self._entrance.open(self._view, name, self._handshake.contexts_of(name))
+        if not isinstance(opened, VolumeInfo):
             self._handshake.refused(*opened)
             return None
-        volume = self.volume = opened
         self.export = name
-        for tag in dict.fromkeys(map(snapshot_of, self._handshake.contexts_of(name))):
-            if tag is not None:
-                snapshot = f"{name.partition('@')[0]}@{tag}"
-                opened = await open_volume(self._common.exports.source, snapshot, self._common.complain)
-                if isinstance(opened, tuple):
-                    await self._give_volumes_back()
-                    self.export = None
-                    self._handshake.refused(*opened)
-                    return None
-                self._snapshots[tag] = opened
-        known = self._common.exports.source.peek(name)
-        identity = "" if known is None else known.identity
-        info = VolumeInfo(name, volume.size_bytes, volume.read_only, volume.description, identity=identity)
-        self._handshake.entered(info)
-        return info
+        self._handshake.entered(opened)
+        return opened
 
     # Transmission: receiving
 
@@ -375,7 +368,8 @@ class Connection:
             self._pool,
             common.reply_area,
             extended=agreement.extended,
-            contexts=[(number, query_of(context, self._snapshots)) for number, context in agreement.contexts],
+            read_only=self._entrance.read_only,
+            contexts=[(number, query_of(context, self._entrance.snapshots)) for number, context in agreement.contexts],
             meter=self._meter,
             slow=self._slow,
         )
@@ -649,11 +643,7 @@ class Connection:
         if self._common.meters is not None and self._meter is not None:
             self._common.meters.give_back(self._meter)
             self._meter = None
-        while self._snapshots:
-            await self._common.exports.source.close(self._snapshots.popitem()[1])
         if self._share is not None:
             self._common.turns.leave(self._share, self)
             self._share = None
-        if self.volume is not None:
-            await self._common.exports.source.close(self.volume)
-            self.volume = None
+        await self._entrance.close()

@@ -174,6 +174,7 @@ class Dispatch:
         area: memoryview,
         *,
         extended: bool,
+        read_only: bool = False,
         contexts: Sequence[tuple[int, ExtentQuery]] = (),
         meter: Meter | None = None,
         slow: SlowWatch | None = None,
@@ -185,6 +186,7 @@ class Dispatch:
         self.request_count = 0
         self.error_count = 0
         self._volume = volume
+        self._read_only = read_only or volume.read_only
         self._replies = replies
         self._outbox = outbox
         self._pool = pool
@@ -244,7 +246,7 @@ class Dispatch:
         if command == _WRITE and self._extended and not flags & _PAYLOAD_LEN:
             return ErrorValue.EINVAL, "a write with extended headers needs PAYLOAD_LEN"
         volume = self._volume
-        if command in CHANGING and volume.read_only:
+        if command in CHANGING and self._read_only:
             return ErrorValue.EPERM, "the export is read-only"
         if command == Command.FLUSH:
             return None
@@ -278,7 +280,7 @@ class Dispatch:
         size_bytes = volume.size_bytes
         limiter = None if self._hurried else volume.limiter
         read_now = volume.read_now
-        write_now = None if volume.read_only or self.cautious else volume.write_now
+        write_now = None if self._read_only or self.cautious else volume.write_now
         replies = self._replies
         put_data = replies.put_data
         header_bytes = replies.data_header_bytes

@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
+from nbdserver.access import Access, Right
+from nbdserver.identity import Peer
 from nbdserver.wire.constants import State, TransmissionFlag
 from objstore.units import BLOCK_BYTES, MIB
 from objstore.volume.base import Volume, VolumeInfo, VolumeSource
@@ -100,33 +102,69 @@ def query_of(context: str, snapshots: Mapping[str, Volume]) -> ExtentQuery:
 
 
 class Exports:
-    """The names that clients may use."""
+    """What there is, and the rules about it. Attributes change while clients are connected."""
 
-    def __init__(self, source: VolumeSource, default: str | None = None, *, list_snapshots: bool = False) -> None:
+    def __init__(
+        self,
+        source: VolumeSource,
+        default: str | None = None,
+        *,
+        list_snapshots: bool = False,
+        access: Access | None = None,
+    ) -> None:
         self.source = source
         self.default = default
         self.list_snapshots = list_snapshots
+        self.access = access or Access()
+
+
+class View:
+    """The names that one client may use. secure: its connection has TLS."""
+
+    def __init__(self, exports: Exports, peer: Peer, *, secure: bool) -> None:
+        self._exports = exports
+        self._peer = peer
+        self._secure = secure
+
+    def right(self, name: str) -> Right:
+        """What it may do with an export, by its real name."""
+        return self._exports.access.of(name).right(self._peer, secure=self._secure)
 
     def names(self) -> list[str]:
         """What LIST shows: what there is at this moment."""
-        return self.source.names(snapshots=self.list_snapshots)
+        return self._visible(self._exports.source.names(snapshots=self._exports.list_snapshots))
 
     def contexts(self, name: str) -> list[str]:
         """Every metadata context of an export, by its real name."""
-        tags = self.source.tags(name)
+        base = name.partition("@")[0]
+        tags = [tag for tag in self._exports.source.tags(name) if self._sees(f"{base}@{tag}")]
         return [*CONTEXTS, *(prefix + tag for prefix in SNAPSHOT_CONTEXTS for tag in tags)]
 
     def describe(self, name: str) -> VolumeInfo | None:
-        """The export that a client calls `name`; None = there is none.
+        """The export that the client calls `name`; None = there is none, for this client.
 
         The empty name is the configured default, without one the only export; with none or several of them nothing.
         """
-        if name:
-            return self.source.peek(name)
-        if self.default is not None:
-            return self.source.peek(self.default)
-        names = self.source.names()
-        return self.source.peek(names[0]) if len(names) == 1 else None
+        source = self._exports.source
+        wanted = name or self._exports.default
+        if wanted is None:
+            names = self._visible(source.names())
+            wanted = names[0] if len(names) == 1 else ""
+        found = source.peek(wanted) if wanted else None
+        if found is None:
+            return None
+        right = self.right(found.name)
+        if right is Right.NOTHING:
+            return None
+        if right is Right.SEE:
+            return found._replace(refused=f"{self._peer.client} may see this export, not use it")
+        return found._replace(read_only=True) if right is Right.READ else found
+
+    def _sees(self, name: str) -> bool:
+        return self.right(name) is not Right.NOTHING
+
+    def _visible(self, names: list[str]) -> list[str]:
+        return [name for name in names if self._sees(name)] if self._exports.access.rules else names
 
 
 def transmission_flags(*, read_only: bool, chunked: bool, status_payload: bool) -> int:

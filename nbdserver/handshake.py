@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from nbdserver.exports import (
     BLOCK_SIZES_BYTES,
     SNAPSHOT_CONTEXTS_MAX,
-    Exports,
+    View,
     context_ids,
     matching_contexts,
     snapshot_of,
@@ -87,11 +87,12 @@ class Secure:
 
 
 class Handshake:
-    """One handshake. extended: offer extended headers. tls: the mode, for the whole connection."""
+    """One handshake. view: the exports that there are for this client. extended: offer extended headers. tls: the mode,
+    for the whole connection."""
 
     def __init__(
         self,
-        exports: Exports,
+        view: View,
         *,
         extended: bool = True,
         options_max: int = OPTIONS_MAX,
@@ -102,7 +103,7 @@ class Handshake:
         """TLS is in use."""
         self.stopping = False
         """The server is closing: every option but ABORT gets ERR_SHUTDOWN."""
-        self._exports = exports
+        self._view = view
         self._tls = tls
         self._extended_offered = extended
         self._options_left = options_max
@@ -169,12 +170,12 @@ class Handshake:
         """The contexts that are selected, if they are for this export."""
         return self._contexts if self._contexts_of == name else ()
 
-    def secured(self, exports: Exports) -> None:
+    def secured(self, view: View) -> None:
         """TLS is in use, and the client may have a name now that makes it see other exports. What was agreed before is
         forgotten: somebody else may have said it."""
         assert self.state is State.SECURING
         assert not self._input
-        self._exports = exports
+        self._view = view
         self._structured = self._extended = False
         self._contexts_of, self._contexts = None, ()
         self._wanted = ()
@@ -249,9 +250,11 @@ class Handshake:
             name = wire.decode_string(data)
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        info = self._exports.describe(name)
+        info = self._view.describe(name)
         if info is None:
             raise ProtocolError(f"no such export {name!r}")
+        if info.refused:
+            raise ProtocolError(info.refused)
         self.state = State.OPENING
         return Enter(info.name)
 
@@ -261,8 +264,8 @@ class Handshake:
 
     def _list(self, data: bytes) -> None:
         if self._without_data(data):
-            for name in self._exports.names():
-                info = self._exports.describe(name)
+            for name in self._view.names():
+                info = self._view.describe(name)
                 if info is not None:
                     self._output += wire.reply_server(self._option, name, info.description)
             self._reply(OptionReply.ACK)
@@ -324,7 +327,7 @@ class Handshake:
         request = self._context_request(data)
         if request is None:
             return
-        info = self._exports.describe(request.name)
+        info = self._view.describe(request.name)
         assert info is not None
         wanted = self._matches(request, listing=False)
         if sum(snapshot_of(name) is not None for name in wanted) > SNAPSHOT_CONTEXTS_MAX:
@@ -338,9 +341,9 @@ class Handshake:
 
     def _matches(self, request: wire.ContextRequest, *, listing: bool) -> tuple[str, ...]:
         """Contexts that the queries name, each once; all of them for a list without queries."""
-        info = self._exports.describe(request.name)
+        info = self._view.describe(request.name)
         assert info is not None
-        names = self._exports.contexts(info.name)
+        names = self._view.contexts(info.name)
         if listing and not request.queries:
             return tuple(names)
         found = (name for query in request.queries for name in matching_contexts(query, names, listing=listing))
@@ -356,8 +359,12 @@ class Handshake:
         except ValueError as error:
             self._error(OptionReply.ERR_INVALID, str(error))
             return None
-        if self._exports.describe(request.name) is None:
+        info = self._view.describe(request.name)
+        if info is None:
             self._error(OptionReply.ERR_UNKNOWN, f"no such export {request.name!r}")
+            return None
+        if info.refused:
+            self._error(OptionReply.ERR_POLICY, info.refused)
             return None
         return request
 
@@ -369,7 +376,7 @@ class Handshake:
             self._error(OptionReply.ERR_INVALID, str(error))
             return None
         self._wanted = request.wanted
-        info = self._exports.describe(request.name)
+        info = self._view.describe(request.name)
         if info is None:
             self._error(*self._no_such_export(request.name))
         elif info.refused:

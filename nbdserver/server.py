@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
+from nbdserver.access import Access
 from nbdserver.admission import Admission, Refusal
 from nbdserver.common import Common
 from nbdserver.connection import Connection
 from nbdserver.exports import Exports
 from nbdserver.identity import Fences, peer_of
+from nbdserver.keepalive import USUAL
 from nbdserver.listening import Listener, Listening
 from nbdserver.meters import Meters, Network
 from nbdserver.settings import ServerSettings
@@ -44,10 +46,6 @@ KICK_SECONDS: Final = 5.0
 """How long connections that are told to end have for it."""
 SO_SNDBUFFORCE: Final = 32
 """asm-generic/socket.h; the socket module does not name it."""
-KEEPALIVE_IDLE_SECONDS: Final = 60
-KEEPALIVE_INTERVAL_SECONDS: Final = 10
-KEEPALIVE_COUNT: Final = 6
-"""A dead peer is noticed after two minutes of silence."""
 
 
 class Server:
@@ -147,6 +145,10 @@ class Server:
             log.error("flush at the stop failed export=%s: %s", volume.name, error)
         finally:
             await self._exports.source.close(volume)
+
+    def use_access(self, access: Access) -> None:
+        """These rules for clients that come from now on. Those that are attached stay."""
+        self._exports.access = access
 
     def use_tls(self, tls: Tls | None) -> None:
         """TLS for connections that begin from now on: other certificates, another mode, or none. Open ones go on."""
@@ -285,10 +287,7 @@ class Server:
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+        USUAL.apply(sock)
 
     async def _entered(self, newcomer: Connection) -> None:
         """A client that reconnects may have left a connection behind whose writes are older than what it will send:

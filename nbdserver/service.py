@@ -25,6 +25,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 import uvloop
 
+from nbdserver.access import Access
 from nbdserver.admission import DESCRIPTORS_SHARE
 from nbdserver.config import VdiConfig
 from nbdserver.control import ControlServer
@@ -78,6 +79,7 @@ class ServePlan:
     force: bool = False
     """Open the store without zones that may hold something newer."""
     tls: TlsSettings = field(default_factory=TlsSettings)
+    access: Access = field(default_factory=Access)
     swap: bool = False
     """Keep all memory, because clients swap to a disk of ours."""
 
@@ -122,6 +124,7 @@ async def serve(
     _on_signals(asyncio.get_running_loop(), stop, reload)
     _raise_descriptor_limit(plan.server.connections_max)
     tls = load_tls(plan.tls)
+    _check_access(plan)
     if plan.swap:
         lock_memory()
     handed = handed_sockets(os.environ, os.getpid())
@@ -154,6 +157,7 @@ async def _serve_store(
     tls: Tls | None,
 ) -> None:
     server = Server(store, plan.server_settings, tls=tls)
+    server.use_access(plan.access)
     reloader = Reloader(store, server, plan, reread)
     heartbeat = Heartbeat(lambda: _progress(store, server), time.monotonic)
 
@@ -232,11 +236,13 @@ class Reloader:
         async with self._turn:
             new = await asyncio.to_thread(self._reread)
             tls = await asyncio.to_thread(load_tls, new.tls)
+            _check_access(new)
             if new.default is not None and new.default not in (*self._store.names(), *new.vdis):
                 _check_default(self._store, new.default)
             await _create_missing(self._store, new.vdis)
             self._server.reconfigure(new.server_settings)
             self._server.use_tls(tls)
+            self._server.use_access(new.access)
             needed = [key for key in NEEDING_RESTART if getattr(new, key) != getattr(self._plan, key)]
             # What needs a restart is still to be named at the next time.
             self._plan = dataclasses.replace(new, **{key: getattr(self._plan, key) for key in NEEDING_RESTART})
@@ -365,6 +371,11 @@ def _control_of(plan: ServePlan, handed: socket.socket | None) -> Path | None:
     if not isinstance(path, str) or not path.startswith("/"):
         raise InvalidRequest(f"the socket handed over as {CONTROL_NAME} is no Unix socket with a path")
     return Path(path)
+
+
+def _check_access(plan: ServePlan) -> None:
+    tls = plan.tls.mode != TlsMode.OFF.value
+    plan.access.check(tls=tls, certificates=tls and plan.tls.verify_clients)
 
 
 def _listener(text: str) -> Listener:

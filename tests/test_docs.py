@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserver.access import ExportRules, Who
 from nbdserver.cli import EXIT_CODES, EXIT_INTERRUPTED
 from nbdserver.cli_arguments import Parser, build_parser
 from nbdserver.cli_check import EXIT_CODES as CHECK_EXIT_CODES
@@ -60,6 +61,7 @@ CONFIGURATION = [
     *(("[store]", field.name) for field in dataclasses.fields(StoreSettings)),
     *(("[server]", key) for key in SERVER_BOUNDS),
     *(("[tls]", field.name) for field in dataclasses.fields(TlsSettings)),
+    *(("[access.NAME]", field.name) for field in dataclasses.fields(ExportRules)),
     *(("[vdi.NAME]", field.name) for field in dataclasses.fields(VdiConfig)),
 ]
 
@@ -78,6 +80,10 @@ def test_the_example_configuration_is_valid_with_every_key_switched_on(tmp_path:
     assert config.default == "disk"
     assert config.store == StoreSettings()
     assert config.server == ServerSettings()
+    rules = config.access.of("disk")
+    assert dataclasses.replace(rules, see=(), read=(), write=()) == ExportRules()
+    assert rules.write == [Who(certificate="web", address="10.0.0.0/8"), Who(uid=0)]
+    config.access.check(tls=True, certificates=True)
     assert config.tls == TlsSettings("forced", Path("/etc/sheepfold/tls"))
     for _table, key in CONFIGURATION:
         assert re.search(rf"^#?{key} = ", text, re.MULTILINE), f"{key} is not in the example"

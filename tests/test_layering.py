@@ -25,7 +25,7 @@ BASE = {
 WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
 TLS = {"nbdserver.tls", "nbdserver.tls_stream"}
-IDENTITY = {"nbdserver.identity", "nbdserver.meters", "nbdserver.slow"}
+IDENTITY = {"nbdserver.access", "nbdserver.keepalive", "nbdserver.identity", "nbdserver.meters", "nbdserver.slow"}
 CONNECTION = {
     "nbdserver.exports",
     "nbdserver.dispatch",
@@ -74,13 +74,16 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.identity": set(),
     "nbdserver.admission": {"nbdserver.settings"},
     "nbdserver.stalls": set(),
+    "nbdserver.keepalive": set(),
+    "nbdserver.access": {"nbdserver.identity"},
     "nbdserver.http_log": set(),
     "nbdserver.meters": WIRE,
     "nbdserver.slow": {"nbdserver.complaints", "nbdserver.meters"},
     "nbdserver.metrics": WIRE | {"nbdserver.meters"},
     "nbdserver.metrics_http": {"nbdserver.http_log", "nbdserver.meters", "nbdserver.metrics"},
-    "nbdserver.exports": WIRE,
+    "nbdserver.exports": WIRE | {"nbdserver.access", "nbdserver.identity"},
     "nbdserver.handshake": WIRE | {"nbdserver.exports"},
+    "nbdserver.entrance": WIRE | IDENTITY | {"nbdserver.common", "nbdserver.dispatch", "nbdserver.exports"},
     "nbdserver.transmission": WIRE,
     "nbdserver.chunks": WIRE,
     "nbdserver.dispatch": WIRE
@@ -102,7 +105,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | IDENTITY
     | TLS
     | {"nbdserver.common", "nbdserver.exports", "nbdserver.dispatch", "nbdserver.sending", "nbdserver.settings"}
-    | {"nbdserver.turns"},
+    | {"nbdserver.entrance", "nbdserver.turns"},
     "nbdserver.listening": WIRE,
     "nbdserver.server": WIRE
     | {"nbdserver.listening"}
@@ -110,7 +113,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     | CONNECTION
     | IDENTITY
     | {"nbdserver.tls", "nbdserver.admission", "nbdserver.stalls"},
-    "nbdserver.config": {"nbdserver.server", "nbdserver.tls"},
+    "nbdserver.config": {"nbdserver.access", "nbdserver.server", "nbdserver.tls"},
     "nbdserver.runtime": set(),
     "nbdserver.systemd": set(),
     "nbdserver.flusher": set(),
@@ -129,7 +132,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.control_clients": IDENTITY | {"nbdserver.operations"},
     "nbdserver.service": SERVER
     | CONTROL
-    | {"nbdserver.flusher", "nbdserver.heartbeat", "nbdserver.tls", "nbdserver.handshake"}
+    | {"nbdserver.access", "nbdserver.flusher", "nbdserver.heartbeat", "nbdserver.tls", "nbdserver.handshake"}
     | {"nbdserver.metrics_http", "nbdserver.logs"}
     | {"objstore.volume.directories", "objstore.volume.store"},
     "nbdserver.attach": set(),

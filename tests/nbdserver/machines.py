@@ -4,8 +4,9 @@ import struct
 from collections.abc import Callable, Sequence
 
 from nbdserver.buffers import Buffer
-from nbdserver.exports import Exports
+from nbdserver.exports import Exports, View
 from nbdserver.handshake import Enter, Handshake, State
+from nbdserver.identity import Peer
 from nbdserver.transmission import RECEIVE_BYTES, Request, Transmission
 from nbdserver.wire import options as wire
 from nbdserver.wire.constants import OPTION_MAGIC, OPTION_REPLY_MAGIC, ClientFlag, ProtocolError
@@ -16,9 +17,10 @@ FIXED = int(ClientFlag.C_FIXED_NEWSTYLE | ClientFlag.C_NO_ZEROES)
 GREETING_BYTES = wire.GREETING.size
 
 
-def exports(*names: str, default: str | None = None) -> Exports:
-    """Exports of small volumes in memory."""
-    return Exports(MemorySource({name: MemoryVolume(name, 1 << 20) for name in names}), default)
+def exports(*names: str, default: str | None = None) -> View:
+    """Exports of small volumes in memory, for anyone."""
+    source = MemorySource({name: MemoryVolume(name, 1 << 20) for name in names})
+    return View(Exports(source, default), Peer("test"), secure=False)
 
 
 def option(number: int, data: bytes = b"", *, length: int | None = None) -> bytes:

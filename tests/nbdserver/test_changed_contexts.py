@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nbdserver.exports import SNAPSHOT_CONTEXTS_MAX, Exports, context_ids, matching_contexts
+from nbdserver.exports import SNAPSHOT_CONTEXTS_MAX, Exports, View, context_ids, matching_contexts
+from nbdserver.identity import Peer
 from objstore.volume.memory import MemorySource, MemoryVolume
 from tests.nbdserver.test_service import fails, runtime, serving, sheepfold, zones
 from tests.support.nbd_client import attached, connected, context_request
@@ -29,7 +30,7 @@ class Tagged(MemorySource):
         return ["a", "b"]
 
 
-NAMES = Exports(Tagged({"disk": MemoryVolume("disk", MIB)})).contexts("disk")
+NAMES = View(Exports(Tagged({"disk": MemoryVolume("disk", MIB)})), Peer("test"), secure=False).contexts("disk")
 BITMAPS = ["qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b"]
 CHANGED = ["x-sheepfold:changed:a", "x-sheepfold:changed:b"]
 

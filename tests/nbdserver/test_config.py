@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserver.access import Access, ExportRules, Who
 from nbdserver.config import CONFIG_BYTES_MAX, SERVER_BOUNDS, Config, ConfigError, VdiConfig, load
 from nbdserver.server import ServerSettings
 from nbdserver.tls import TlsSettings
@@ -48,6 +49,19 @@ extended_headers = false
 mode = "selective"
 certificates = "tls"
 verify_clients = false
+
+[access.disk]
+write = [{ certificate = "web" }, { uid = 0 }]
+read = [{ address = "10.0.0.0/8" }]
+see = [{ anyone = true }]
+tls = true
+connections_max = 8
+one_writer = true
+
+[access."disk@t1"]
+
+[access."*"]
+read = []
 """
     assert load(write(tmp_path, text)) == Config(
         zones=(tmp_path / "a", Path("/srv/b")),
@@ -63,6 +77,20 @@ verify_clients = false
         ),
         server=ServerSettings(connections_max=5, buffer_bytes_max=GIB, extended_headers=False),
         tls=TlsSettings("selective", tmp_path / "tls", verify_clients=False),
+        access=Access(
+            {
+                "disk": ExportRules(
+                    write=[Who(certificate="web"), Who(uid=0)],
+                    read=[Who(address="10.0.0.0/8")],
+                    see=[Who(anyone=True)],
+                    tls=True,
+                    connections_max=8,
+                    one_writer=True,
+                ),
+                "disk@t1": ExportRules(),
+                "*": ExportRules(read=[]),
+            }
+        ),
     )
 
 
@@ -102,6 +130,19 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("[tls]\ncertificate = '/x'", "unknown key tls.certificate; the nearest valid one is tls.certificates"),
         ("[tls]\ncertificates = 1", "tls.certificates: Expected `Path`, got `int`"),
         ("[tls]\npsk = 'keys'", "tls: psk = "),
+        ("[access]\ndisk = 1", "access.disk must be a table: [access.disk]"),
+        ("access = 1", "access must be a table"),
+        ("[access.'a/b']", "name in [access] 'a/b'"),
+        ("[access.'a@']", "a tag in [access] must not be empty"),
+        ("[access.a]\nwriters = []", "unknown key access.a.writers; the nearest valid one is access.a."),
+        ("[access.a]\nwrite = 'web'", "access.a.write must be a list of tables"),
+        ("[access.a]\nwrite = ['web']", "access.a.write[0] must be a table"),
+        ("[access.a]\nwrite = [{ certificat = 'x' }]", "unknown key access.a.write[0].certificat; the nearest"),
+        ("[access.a]\nread = [{ uid = 1 }, {}]", "access.a.read[1]: give one or more of"),
+        ("[access.a]\nread = [{ address = '10.0.0.1/8' }]", "access.a.read[0]: address = '10.0.0.1/8': "),
+        ("[access.a]\nread = [{ uid = 'root' }]", "access.a.read[0].uid: Expected `int"),
+        ("[access.a]\nconnections_max = -1", "access.a: connections_max = -1"),
+        ("[access.a]\none_writer = 1", "access.a.one_writer: Expected `bool`"),
         ("zones = [1 2]", "line 1"),
         ("default = 'a'\ndefault = 'b'\nzones = []", "line 2"),
         ("zones = " + "[" * 5000, "nested too deeply"),

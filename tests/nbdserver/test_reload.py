@@ -23,6 +23,7 @@ from tests.conftest import ExpectedWarnings
 from tests.support.certificates import certificates
 from tests.support.channel import Disconnected
 from tests.support.nbd_client import attached, connected
+from tests.support.nbd_spec import ExportFlag
 from tests.support.our_server import serve_source
 from tests.support.serving import Disk, eventually
 
@@ -167,6 +168,25 @@ async def test_certificates_are_read_again(sockets: Path, tmp_path: Path) -> Non
                     await other.still_serves()
                 await client.still_serves()
             await plain.still_serves()
+        await asyncio.to_thread(server.end)
+
+
+async def test_access_is_read_again(sockets: Path, tmp_path: Path) -> None:
+    with service(sockets, tmp_path) as server:
+        server.configure()
+        await asyncio.to_thread(server.start)
+        async with attached(server.address, "disk") as client:
+            server.configure(more="[access.disk]\nread = [{ anyone = true }]")
+            assert (await asyncio.to_thread(server.reload)).returncode == 0
+            async with attached(server.address, "disk") as newcomer:
+                assert newcomer.flags & ExportFlag.READ_ONLY
+            await client.write(0, b"stays as it was")
+            server.configure(more="[access.disk]\ntls = true")
+            done = await asyncio.to_thread(server.reload)
+            assert done.returncode == 2
+            assert "access.disk: tls = true, but TLS is off" in done.stderr
+            async with attached(server.address, "disk") as newcomer:
+                assert newcomer.flags & ExportFlag.READ_ONLY
         await asyncio.to_thread(server.end)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbdserver.access import Access
 from nbdserver.server import Listener, Server, ServerSettings
 from nbdserver.tls import Tls
 from objstore.volume.base import Volume, VolumeSource
@@ -48,10 +49,12 @@ async def serve_source(
     *,
     listen: Sequence[str] = ("unix",),
     tls: Tls | None = None,
+    access: Access | None = None,
     **settings: Any,
 ) -> AsyncIterator[OurServed]:
     """Our server over a source of volumes. listen: "unix", "tcp", "tcp6"; the addresses come in the same order."""
     server = Server(source, ServerSettings(**settings), tls=tls)
+    server.use_access(access or Access())
     places = {"unix": f"unix://{directory / 'nbd.sock'}", "tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0"}
     await server.start([Listener.parse(places[one]) for one in listen])
     try:
@@ -68,6 +71,7 @@ async def serve(
     kind: str = "memory",
     listen: Sequence[str] = ("unix",),
     tls: Tls | None = None,
+    access: Access | None = None,
     **settings: Any,
 ) -> AsyncIterator[OurServed]:
     """Our server over volumes of a kind; the first disk is the default export where there are several."""
@@ -75,7 +79,7 @@ async def serve(
         settings.setdefault("default_export", disks[0].name)
     async with (
         KINDS[kind](disks, directory) as source,
-        serve_source(source, disks, directory, listen=listen, tls=tls, **settings) as served,
+        serve_source(source, disks, directory, listen=listen, tls=tls, access=access, **settings) as served,
     ):
         yield served
 
