@@ -91,7 +91,8 @@ class Collector:
         self.disk = disk
         self.keeper = keeper
         self.tight = False
-        self._unmovable: set[int] = set()
+        self._unmovable: dict[int, tuple[frozenset[int], bool, int]] = {}
+        """Segments that could not be collected: with which zones, held or not, and with how many live blocks."""
         self._buffers: list[memoryview | None] = [None, None]
         """What is read of victims, in turn; fresh memory for each cost 2,000 page faults."""
         self._wake = asyncio.Event()
@@ -279,11 +280,21 @@ class Collector:
             if number < below
             and segment.live <= share_max * segment.blocks
             and not (segment.held and (segment.emptied or segment.live > 0))
-            and number not in self._unmovable
+            and not (number in self._unmovable and self._still_unmovable(segment))
         ]
         found.sort(key=lambda item: item[:2])
         readable = (segment for _, _, segment in found if disk.env.serving(segment.zones))
         return list(itertools.islice(readable, VICTIMS_AT_ONCE))
+
+    def _give_up(self, segment: Segment) -> None:
+        self._unmovable[segment.number] = (self.disk.env.in_service, bool(segment.held), segment.live)
+
+    def _still_unmovable(self, segment: Segment) -> bool:
+        """Whether another attempt would end like the last one: with other zones it may not, nor once the blocks that
+        were in the way have been overwritten."""
+        in_service, held, live = self._unmovable[segment.number]
+        same = in_service == self.disk.env.in_service and held == bool(segment.held)
+        return same and (segment.live >= live or segment.live * 2 > live)
 
     async def _round(self) -> bool:
         """Collect a few victims; False when there is nothing to do."""
@@ -305,7 +316,7 @@ class Collector:
                 try:
                     await self._collect(segment, current.result(), i)
                 except Corrupt as error:
-                    self._unmovable.add(segment.number)
+                    self._give_up(segment)
                     log.error("segment can't be collected segment=%s: %s", segment.name, error)
                 self._judge()
                 if self._quiet():  # the first flush after the rest must not wait for more than this
@@ -373,10 +384,10 @@ class Collector:
         while fetched is not None and len(fetched.lbas):
             if segment.held:  # a snapshot was taken meanwhile: its map has what lives here
                 if not segment.live:  # or its counter is too low, and it would be chosen again
-                    self._unmovable.add(segment.number)
+                    self._give_up(segment)
                 return
             if fetched.bad:
-                self._unmovable.add(segment.number)
+                self._give_up(segment)
                 log.error("segment can't be collected, blocks damaged in every zone segment=%s", segment.name)
                 return
             await self._move(segment, fetched)
@@ -385,9 +396,10 @@ class Collector:
                 break
             fetched = await self._fetch(segment, turn)
         if fetched is None:
-            self._unmovable.add(segment.number)
+            self._give_up(segment)
             log.error("segment can't be collected, no zone has its directory segment=%s", segment.name)
             return
+        self._unmovable.pop(segment.number, None)
         disk.bury(segment)
 
     async def _load(self, lbas: U64) -> None:

@@ -163,6 +163,38 @@ async def test_a_bad_copy_is_not_moved(disk: ModelDisk, expected_warnings: Expec
     await disk.check()
 
 
+async def unmovable(disk: ModelDisk) -> set[int]:
+    """Numbers of segments that could not be collected, because no zone in service has all their blocks whole."""
+    await disk.world.store.env.put_out(1, ZoneFailed("it is gone"))  # type: ignore[union-attr]
+    for first in range(0, 1000, 4):
+        await disk.write(first, 2)
+    await disk.vdi.flush()
+    for block in range(0, 1000, 4):
+        disk.damage(block, zones=[0])
+    for _ in range(3):
+        for first in range(0, 1000, 4):
+            if first % 16:
+                await disk.write(first, 2)
+    await disk.vdi.flush()
+    await settle(disk)
+    stuck = set(disk.vdi.collector._unmovable)
+    assert stuck & disk.vdi.disk.segments.keys() == stuck != set()
+    return stuck
+
+
+async def test_damaged_segments_go_when_their_blocks_have_been_overwritten(
+    disk: ModelDisk, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings.allow("checksum wrong|put out|out of service|can't be collected|a copy is bad|no zone has all")
+    stuck = await unmovable(disk)
+    for first in range(0, 1000, 4):
+        await disk.write(first, 2)
+    await disk.vdi.flush()
+    await settle(disk)
+    assert not set(stuck) & disk.vdi.disk.segments.keys()
+    await disk.check()
+
+
 async def test_memory_that_a_read_which_hangs_may_still_fill_is_not_used_again(
     disk: ModelDisk, monkeypatch: pytest.MonkeyPatch, expected_warnings: ExpectedWarnings
 ) -> None:
