@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import copies, faults, fio, hostile, library, lives, metered, ours, quality, report, tls
+from tests.bench import copies, diffs, faults, fio, hostile, library, lives, metered, ours, quality, report, tls
 from tests.bench.cases import COPIES_CASES, CPU, CPU_CASES, FIO_CASES, LIVES_CASES, NAMES, QUALITY_CASES, TLS, FioCase
 from tests.bench.report import Row, Single
 from tests.bench.servers import KINDS, REPOSITORY, Server
@@ -50,6 +50,7 @@ PAUSE_SECONDS_MAX, HANG_SECONDS_MAX = 0.1, 0.5
 SNAPSHOT_RATIO_MAX, SNAPSHOT_SECONDS_MAX = 1.2, 0.05
 AFTER_SNAPSHOT_RATIO_MIN, CHAIN_RATIO_MIN = 0.9, 0.95
 DISCARD_SECONDS_MAX: Final = 2.0
+EXPORT_SECONDS_MAX: Final = 5.0
 MANY_SECONDS_MAX: Final = {"start": 3.0, "command": 0.5, "exports": 0.02}
 MANY_RSS_BYTES_MAX: Final = 500 << 20
 DEGRADED_RATIOS_MIN: Final = {"write": 0.9, "read": 0.95}
@@ -333,6 +334,12 @@ class Bench:
         self.singles.append(Single("many rss", text, "500 MiB", peak <= MANY_RSS_BYTES_MAX, asdict(result)))
         say(f"many rss: {text}")
 
+    def run_export_diff(self) -> None:
+        result = diffs.exports(self.apart, self.options.rounds)
+        self._seconds("export-diff 1 % of 100 GiB", result.fresh, EXPORT_SECONDS_MAX)
+        self._seconds("export-diff after collection", result.collected, EXPORT_SECONDS_MAX)
+        say(f"export-diff: {result.stream_bytes / 1e6:.0f} MB, {result.freed} segments freed by collection between")
+
     def run_limits(self) -> None:
         for kind, parts in quality.limits(self.apart, self.options.rounds).items():
             middle = statistics.median(parts)
@@ -439,6 +446,7 @@ class Bench:
                 "clone-chain": self.run_chain,
                 "discard": self.run_discard,
                 "many": self.run_many,
+                "export-diff": self.run_export_diff,
                 "limits": self.run_limits,
                 "shares": self.run_shares,
             }

@@ -109,7 +109,7 @@ CPU_CASES: Final = ("read-qd1", "read-qd32", "write-qd1", "write-qd32")
 COPIES_CASES: Final = ("scrub", "recovery", "degraded", "pause", "library", "metrics", "hostile")
 TLS: Final = "tls"
 QUALITY_CASES: Final = ("limits", "shares")
-LIVES_CASES: Final = ("snapshot", "clone-chain", "discard", "many")
+LIVES_CASES: Final = ("snapshot", "clone-chain", "discard", "many", "export-diff")
 NAMES: Final = (
     *(case.name for case in FIO_CASES),
     CPU,
