@@ -243,7 +243,7 @@ class Decoder:
             raise self._bad("a description that is too long")
         try:
             return msgspec.json.decode(payload, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._bad(f"a description can't be read: {error}") from error
 
     def _bad(self, what: str) -> FormatError:

@@ -14,6 +14,7 @@ from objstore.format.catalog import ImportEntry, SnapshotEntry, VdiEntry
 from objstore.names import check_name, check_tag
 from objstore.units import VDI_BYTES_MAX, format_size
 from objstore.volume.base import Volume
+from objstore.volume.clones import COPIES_DEFAULT_MAX
 from objstore.volume.settings import MODES, check_mode
 from objstore.volume.status import SnapshotStatus
 from objstore.volume.trash import TrashOperations
@@ -93,7 +94,7 @@ class ImportOperations(TrashOperations):
                 name=name,
                 log=state.next_log,
                 size_bytes=what.size_bytes,
-                copies=min(what.copies or 3, zones),
+                copies=min(max(1, what.copies or COPIES_DEFAULT_MAX), zones),
                 mode=mode,
                 created=self.env.clock.wall(),
                 prealloc=False,

@@ -23,9 +23,11 @@ from objstore.check.layout import Damaged
 from objstore.errors import FormatError, InvalidRequest
 from objstore.format.catalog import VdiEntry, decode_entry, encode_entry
 from objstore.format.record import CRC_OFFSET
+from objstore.format.stream import FRAME, HEADER, Decoder, Encoder, Kind, frame_crc
 from objstore.log.regions import decode_region
 from objstore.units import BLOCK_BYTES, parse_size
 from tests.format.test_damage import FILES, WHOLE
+from tests.format.test_stream import stream as whole_stream
 
 Target = Callable[[bytes], None]
 NAMES: Final = sorted(WHOLE)
@@ -126,6 +128,40 @@ def config(data: bytes) -> None:
         parse_config(document, DIRECTORY)
 
 
+def stream(data: bytes) -> None:
+    """A stream of snapshots, sealed or not: decoded, or refused by FormatError."""
+    body = sealed_stream(data[1:]) if data[:1] > b"\x40" else data[1:]
+    step = 1 + (data[0] if data else 0)
+    decoder = Decoder()
+    with contextlib.suppress(FormatError):
+        for at in range(0, len(body), step * 16):
+            for _ in decoder.feed(body[at : at + step * 16]):
+                pass
+        decoder.close()
+
+
+def sealed_stream(data: bytes) -> bytes:
+    """The data with the checksums that belong to it, as long as there are whole frames."""
+    made = bytearray(data)
+    if len(made) < HEADER.size:
+        return data
+    crc = crc32c(bytes(made[:12]))
+    made[12:16] = crc.to_bytes(4, "little")
+    at = HEADER.size
+    while at + FRAME.size <= len(made):
+        end = at + FRAME.size + FRAME.unpack_from(made, at)[4]
+        crc = frame_crc(crc, bytes(made[at + 4 : at + FRAME.size]), bytes(made[at + FRAME.size : end]))
+        made[at : at + 4] = crc.to_bytes(4, "little")
+        at = end
+    return bytes(made)
+
+
+def _stream_seeds() -> list[bytes]:
+    encoder = Encoder()
+    deep = encoder._frame(Kind.BEGIN, 0, 0, text := b'{"x":' + b"[" * 3000 + b"]" * 3000 + b"}") + text
+    return [b"\xff" + whole_stream(), b"\x10" + whole_stream(), b"\xff" + encoder.header + deep]
+
+
 def _format_seeds() -> list[bytes]:
     deep = b"x\n" + b'{"x":' + b"[" * 3000 + b"]" * 3000 + b"}\n"
     seeds = [bytes((number, 1)) + WHOLE[name][0] for number, name in enumerate(NAMES)]
@@ -141,6 +177,7 @@ def _entry_seeds() -> list[bytes]:
 
 TARGETS: Final[Mapping[str, tuple[Target, Sequence[bytes]]]] = {
     "formats": (formats, _format_seeds()),
+    "stream": (stream, _stream_seeds()),
     "entries": (entries, _entry_seeds()),
     "bodies": (
         bodies,

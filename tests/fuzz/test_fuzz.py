@@ -15,6 +15,7 @@ MUTATIONS = {
     "bodies": 1500,
     "texts": 1500,
     "config": 500,
+    "stream": 1000,
 }
 
 

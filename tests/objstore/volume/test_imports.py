@@ -94,6 +94,9 @@ async def test_a_disk_that_is_made_by_an_import(world: World) -> None:
     with pytest.raises(Exists, match="there is a VDI 'disk' already"):
         await store.begin_import("disk", what)
     await importing(store, what, b"x", "other")
+    assert store.vdi("other").importing == ""
+    await importing(store, what._replace(copies=-5), b"x", "negative")
+    assert store.vdi("negative").copies == 1
     await store.rename("other", "third")
     await store.delete_vdi("third")
     with pytest.raises(NotFound):
