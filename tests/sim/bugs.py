@@ -25,6 +25,7 @@ _USUAL: Final = dataclasses.replace(DEFAULT, seeds_zone_faults=0.0, seeds_zones=
 """A zone in trouble would hide what goes wrong in it, and keeps other faults away."""
 _KILL_THEN_CUT: Final = dataclasses.replace(_USUAL, kills=0.9, cut_after_kill=0.9, eio=0.0, seeds_one_copy=1.0)
 _ZONES: Final = dataclasses.replace(DEFAULT, seeds_zones=1.0)
+_CHANGES: Final = dataclasses.replace(_USUAL, eio=0.0, seeds_changes=1.0)
 KNOBS: Final = {
     "recovered-not-synced": _KILL_THEN_CUT,
     "seals-not-synced": _KILL_THEN_CUT,
@@ -36,6 +37,9 @@ KNOBS: Final = {
     "free-despite-readers": dataclasses.replace(_USUAL, slow_reads=1.0, seeds_recycled=1.0, flips=0.0),
     "read-not-verified": dataclasses.replace(_USUAL, flips=0.7),
     "snapshot-not-flushed": dataclasses.replace(_USUAL, crash_phase="snapshot", kills=0.0, eio=0.0),
+    "shrunk-not-cleared": _CHANGES,
+    "flattened-blindly": _CHANGES,
+    "flattened-without-checkpoint": _CHANGES,
     "space-not-set-aside": dataclasses.replace(_USUAL, seeds_tight=1.0, eio=0.0),
 }
 KNOBS.update(dict.fromkeys(ZONES, _ZONES))

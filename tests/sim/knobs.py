@@ -19,6 +19,7 @@ class Knobs:
     seeds_one_copy: no VDI has a second copy, so whatever goes wrong in a zone shows.
     seeds_zone_faults: one zone is in trouble in one of the ways `zone_kinds`, see zone_faults.py; there is nothing else
     wrong with zones then.
+    seeds_changes: disks get other names and sizes, clones are flattened, see changes.py.
     seeds_zones: seeds of zone_scenario.py; of them, zone_changes have an administrator who changes zones, the others
     several zones in trouble.
     """
@@ -36,6 +37,7 @@ class Knobs:
     seeds_recycled: float = 0.5
     seeds_one_copy: float = 0.0
     seeds_zone_faults: float = 0.3
+    seeds_changes: float = 0.25
     seeds_zones: float = 0.2
     zone_changes: float = 0.5
     zone_kinds: tuple[str, ...] = ("eio", "hang", "lie", "missing", "backup", "wiped")

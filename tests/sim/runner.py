@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TextIO
 
 from tests.sim.knobs import DEFAULT, Knobs
 from tests.sim.seeds import run_seed
-from tests.sim.world import CRASH_CALLS, PHASES, ZONE_PHASES
+from tests.sim.world import CHANGE_PHASES, CRASH_CALLS, PHASES, ZONE_PHASES
 from tests.sim.zone_faults import KINDS
 
 FAULTS: Final = (
@@ -97,15 +97,20 @@ class Totals:
             missing += [f"the fault {fault}" for fault in wanted if not self.faults[fault]]
             if self.knobs.seeds_zones:
                 missing += [f"a crash during {phase}" for phase in ZONE_PHASES if phase not in phases]
+            if self.knobs.seeds_changes:
+                missing += [f"a crash during {phase}" for phase in CHANGE_PHASES if phase not in phases]
+                missing += [
+                    f"a disk that was {change}" for change in ("shrunk", "flattened") if not self.faults[change]
+                ]
         return missing
 
     def report(self, out: TextIO) -> None:
         """Counters as tables, then failures with the command that repeats each."""
         calls = ("step", *CRASH_CALLS)
         print(f"crash points, {self.seeds} seeds (a point counts for everything that was under way)", file=out)
-        print(f"{'':16}" + "".join(f"{phase:>11}" for phase in (*PHASES, *ZONE_PHASES)), file=out)
+        print(f"{'':16}" + "".join(f"{phase:>11}" for phase in (*PHASES, *CHANGE_PHASES, *ZONE_PHASES)), file=out)
         for call in calls:
-            row = "".join(f"{self.crashes[phase, call]:>11}" for phase in (*PHASES, *ZONE_PHASES))
+            row = "".join(f"{self.crashes[phase, call]:>11}" for phase in (*PHASES, *CHANGE_PHASES, *ZONE_PHASES))
             print(f"{call:16}{row}", file=out)
         print("faults: " + ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())), file=out)
         for missing in self.never_met():

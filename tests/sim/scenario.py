@@ -36,10 +36,11 @@ from objstore.volume.frozen import FrozenVolume
 from objstore.volume.settings import MODES, StoreSettings
 from objstore.volume.store import Store, open_zones
 from objstore.volume.vdi import Vdi
+from tests.sim.changes import Changes
 from tests.sim.knobs import Knobs
 from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Request, Violation, stamped
 from tests.sim.snapshots import Snapshots
-from tests.sim.world import CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
+from tests.sim.world import CHANGE_PHASES, CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
 from tests.sim.zone_faults import ZoneFaults
 from tests.support.check_zones import check_files
 from tests.support.sim_loop import SimClock, SimLoop, SimStopped
@@ -64,6 +65,8 @@ CALLS_EXPECTED: Final = {
     "snapshot": 60,
     "rollback": 100,
     "shutdown": 250,
+    "change": 60,
+    "flatten": 200,
 }
 """About as many system calls a phase has: crash points are drawn up to there."""
 
@@ -107,6 +110,9 @@ class Scenario:
         self.copies_max = 1 if random.Random(seed + 2).random() < knobs.seeds_one_copy else world.zones_first
         troubled = self.copies_max > 1 and random.Random(seed + 3).random() < knobs.seeds_zone_faults
         self.snapshots = Snapshots(self, seed)
+        self.changes = Changes(self, seed, knobs.seeds_changes if type(self) is Scenario else 0.0)
+        if self.changes.enabled:
+            self.phases = (*self.phases, *CHANGE_PHASES)
         self.trouble = ZoneFaults(world, seed, knobs.zone_kinds if troubled else ())
         if troubled:
             self.knobs = knobs = dataclasses.replace(knobs, eio=0.0, seeds_tight=0.0)
@@ -307,9 +313,13 @@ class Scenario:
         world = self.world
         world.phase = "open"
         self.store = store = await self._open_store(loop)
+        if self.changes.enabled:
+            await self._until_stopped(functools.partial(self.changes.settle, store))
         await self._check_names(store)
         self.snapshots.check_names(store)
         world.phase = "recovery"
+        if self.changes.enabled and not last:
+            await self._until_stopped(functools.partial(self.changes.detached, store))
         await self._until_stopped(functools.partial(self.snapshots.roll_back, store))
         for name in sorted(self.models):
             if name.startswith("extra") and not last and self.rng.random() < 0.3:
@@ -328,7 +338,9 @@ class Scenario:
             world.phase = "serving"
             rots = [self._flip_later()] if self.rng.random() < self.knobs.flips else []
             snapshots = self._until_stopped(functools.partial(self.snapshots.serve, store))
-            await asyncio.gather(*self._clients(store), *rots, self.trouble.while_serving(), snapshots)
+            flattening = functools.partial(self.changes.flatten, store)
+            changes = [self._until_stopped(flattening)] if self.changes.enabled else []
+            await asyncio.gather(*self._clients(store), *rots, self.trouble.while_serving(), snapshots, *changes)
             for name in sorted(self.models):
                 if not world.zone_failed and name in self.open_models:
                     await self._until_stopped(functools.partial(self._compare_all, self.models[name]))

@@ -75,6 +75,13 @@ class Snapshots:
         self.scenario.windows[name] = self.scenario.windows[source.name.partition("@")[0]]
         return model
 
+    def rolled_back_meanwhile(self, store: Store) -> tuple[str, str] | None:
+        """The disk and the snapshot of the rollback that was under way, if it has happened."""
+        if self._rollback is None:
+            return None
+        disk, snapshot, log = self._rollback
+        return (disk, snapshot) if store.vdi(disk).log != log else None
+
     def check_names(self, store: Store) -> None:
         """What exists must, what is gone must not; what was under way is settled now."""
         names = {snapshot.name for snapshot in store.snapshots()}
@@ -118,7 +125,10 @@ class Snapshots:
         self.world.active["rollback"] += 1
         while True:
             try:
-                undo = await store.rollback(name)
+                force = scenario.changes.forced()
+                undo = await store.rollback(name, force=force)
+                if force:
+                    await store.resume(disk)
                 break
             except NoSpace:
                 scenario.more_space("nospace-rollback")
@@ -135,6 +145,7 @@ class Snapshots:
         allowed = disk.allowed
         undo = self.models[undo_name] = self._model(undo_name, disk, 0)
         undo.existence, undo.allowed = "yes", allowed
+        disk.size_bytes = self.models[name].size_bytes
         disk.base = dict(self.models[name].base)
         disk.versions.clear()
         disk.history.clear()
@@ -171,14 +182,20 @@ class Snapshots:
         rng = self.rng
         for _ in range(rng.choice((0, 1, 2, 4))):
             await asyncio.sleep(rng.random() * 0.15)
+            await self.scenario.changes.between_snapshots(store)
             names = sorted(name for name, model in self.models.items() if model.existence == "yes")
             if names and (len(names) >= SNAPSHOTS_MAX or rng.random() < 0.3):
                 await self._delete(store, rng.choice(names))
             elif names and rng.random() < 0.3:
-                await self._clone(store, rng.choice(names))
-            elif self.scenario.open_models:
-                disk = rng.choice(sorted(self.scenario.open_models))
-                await (self._take(store, disk) if rng.random() < 0.8 else self._clone(store, disk))
+                await self.clone(store, rng.choice(names))
+            elif disks := self.settled():
+                disk = rng.choice(disks)
+                await (self._take(store, disk) if rng.random() < 0.8 else self.clone(store, disk))
+
+    def settled(self) -> list[str]:
+        """Disks that are open and not just being looked at for the first time."""
+        models = self.scenario.models
+        return sorted(name for name in self.scenario.open_models if name in models and models[name].allowed is None)
 
     async def _take(self, store: Store, disk_name: str) -> None:
         world, disk = self.world, self.scenario.models[disk_name]
@@ -208,7 +225,7 @@ class Snapshots:
         if self.rng.random() < 0.4:
             await self._show(store, name)
 
-    async def _clone(self, store: Store, source: str) -> None:
+    async def clone(self, store: Store, source: str) -> None:
         """Clone a snapshot, or a disk as it is; show the clone, and let a client use it."""
         world, scenario = self.world, self.scenario
         if sum(name.startswith("extra") for name in scenario.models) >= CLONES_MAX:

@@ -28,6 +28,8 @@ PHASES: Final = (
     "rollback",
     "shutdown",
 )
+CHANGE_PHASES: Final = ("change", "flatten")
+"""Another name, size or attribute of a disk; a clone that is flattened."""
 ZONE_PHASES: Final = ("zones", "copying")
 """A change of zones that an administrator asked for; a pass of recovery."""
 CRASH_CALLS: Final = (

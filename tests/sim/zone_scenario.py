@@ -67,7 +67,7 @@ class NoClones(Snapshots):
     """Nobody clones, nobody rolls back: what a VDI needs is in its own log. What opens without some zones, and with how
     many copies, is told for such VDIs alone."""
 
-    async def _clone(self, store: Store, source: str) -> None:
+    async def clone(self, store: Store, source: str) -> None:
         """See above."""
 
     async def roll_back(self, store: Store) -> None:
