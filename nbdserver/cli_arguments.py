@@ -11,7 +11,15 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from nbdserver.attach.command import add_attach, add_detach
 from nbdserver.cli_diff_arguments import add_diffs
-from nbdserver.cli_library_arguments import add_attr, add_group, add_jobs, add_limit, add_transfers, add_trash
+from nbdserver.cli_library_arguments import (
+    add_attr,
+    add_exclusive,
+    add_group,
+    add_jobs,
+    add_limit,
+    add_transfers,
+    add_trash,
+)
 from nbdserver.cli_server_arguments import add_client, add_top
 from objstore.errors import InvalidRequest
 from objstore.names import check_name, check_path, check_tag
@@ -248,6 +256,12 @@ def _add_vdi_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         _add_force,
         _argument(_name),
         _argument(_tag),
+    )
+    add_exclusive(
+        commands.add_parser("exclusive", help="show how much of a snapshot's data nothing else needs"),
+        _add_common,
+        _add_force,
+        _argument(_snapshot_name),
     )
     add_trash(lambda command, what: commands.add_parser(command, help=what), _add_common, _add_force, _argument(_name))
     add_transfers(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LIBRARY_COMMANDS: Final = frozenset(
     ("attr", "limit", "download", "upload", "allocate", "flatten", "map", "undelete", "purge")
-) | {"diff", "export-diff", "import-diff", "snapshot-group"}
+) | {"diff", "export-diff", "import-diff", "snapshot-group", "exclusive"}
 """Those of `vdi` that cli_library.py has."""
 
 

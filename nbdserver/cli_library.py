@@ -102,6 +102,16 @@ def snapshot_group(store: blocking.BlockingConnection, arguments: argparse.Names
     show(taken, snapshot_table, as_json=arguments.json)
 
 
+def exclusive(store: blocking.BlockingConnection, arguments: argparse.Namespace) -> None:
+    """`vdi exclusive`."""
+    with progress(f"comparing {arguments.name}"):
+        space = store.snapshot_space(arguments.name)
+    if arguments.json:
+        print_json(space)
+    else:
+        print(f"{space.name}: {space.exclusive_bytes} bytes of data that nothing else needs")
+
+
 COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namespace], None]]] = {
     "attr": attr,
     "limit": limit,
@@ -115,6 +125,7 @@ COMMANDS: Final[dict[str, Callable[[blocking.BlockingConnection, argparse.Namesp
     "flatten": flatten,
     "job": job,
     "snapshot-group": snapshot_group,
+    "exclusive": exclusive,
     "trash": trash,
     "undelete": undelete,
     "purge": purge,

@@ -90,6 +90,13 @@ def add_group(
     force(parser)
 
 
+def add_exclusive(parser: argparse.ArgumentParser, common: Add, force: Add, name: Callable[[str], str]) -> None:
+    """`vdi exclusive`."""
+    parser.add_argument("name", metavar="NAME@TAG", type=name)
+    common(parser)
+    force(parser)
+
+
 def add_trash(
     add: Callable[[str, str], argparse.ArgumentParser], common: Add, force: Add, name: Callable[[str], str]
 ) -> None:

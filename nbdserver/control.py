@@ -51,6 +51,7 @@ from objstore.volume.status import (
     JobStatus,
     RecoveryStatus,
     ScrubStatus,
+    SnapshotSpace,
     SnapshotStatus,
     SnapshotTaken,
     StoreInfo,
@@ -95,6 +96,7 @@ class ControlledStore(ImportSource, StoreWithTrash, Protocol):
     async def create_group_snapshot(
         self, names: Sequence[str], tag: str, *, protected: bool = False
     ) -> list[SnapshotStatus]: ...
+    async def snapshot_space(self, name: str) -> SnapshotSpace: ...
     async def delete_snapshot(self, name: str) -> None: ...
     async def clone(
         self, source: str, name: str, *, copies: int | None = None, mode: str | None = None
@@ -253,6 +255,11 @@ class ControlServer:
     async def get_snapshot(self, name: str) -> SnapshotStatus:
         """One snapshot, called VDI@TAG or VDI@INDEX."""
         return self._store.snapshot(name)
+
+    @operation("GET", "/v1/snapshots/{name}/space")
+    async def get_snapshot_space(self, name: str) -> SnapshotSpace:
+        """How much of a snapshot's data nothing else needs at this moment."""
+        return await self._store.snapshot_space(name)
 
     @operation("PUT", "/v1/snapshots/{name}")
     async def protect_snapshot(self, name: str, body: Protection) -> SnapshotStatus:

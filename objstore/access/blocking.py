@@ -27,6 +27,7 @@ from objstore.volume.status import (
     JobStatus,
     RecoveryStatus,
     ScrubStatus,
+    SnapshotSpace,
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
@@ -284,6 +285,10 @@ class BlockingConnection:
     def create_group_snapshot(self, names: Sequence[str], tag: str, *, protected: bool = False) -> list[SnapshotStatus]:
         """See Connection."""
         return self._runner.run(self._connection.create_group_snapshot(names, tag, protected=protected))
+
+    def snapshot_space(self, name: str) -> SnapshotSpace:
+        """See Connection."""
+        return self._runner.run(self._connection.snapshot_space(name))
 
     def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         """See Connection."""

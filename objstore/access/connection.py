@@ -13,6 +13,7 @@ from objstore.volume.status import (
     JobStatus,
     RecoveryStatus,
     ScrubStatus,
+    SnapshotSpace,
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
@@ -139,6 +140,11 @@ class Connection(ABC):
     ) -> list[SnapshotStatus]:
         """Take a snapshot of several VDIs at one instant and under one tag, all or none: what was acknowledged on any
         of them before is in it, what is asked for on any afterwards is not. Durable on return."""
+
+    @abstractmethod
+    async def snapshot_space(self, name: str) -> SnapshotSpace:
+        """How much of a snapshot's data nothing else needs at this moment; costs what has changed between it and what
+        shares something with it."""
 
     @abstractmethod
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:

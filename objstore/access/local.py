@@ -14,6 +14,7 @@ from objstore.volume.status import (
     JobStatus,
     RecoveryStatus,
     ScrubStatus,
+    SnapshotSpace,
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
@@ -141,6 +142,10 @@ class LocalConnection(Connection):
     ) -> list[SnapshotStatus]:
         """See Connection."""
         return await self.store.create_group_snapshot(names, tag, protected=protected)
+
+    async def snapshot_space(self, name: str) -> SnapshotSpace:
+        """See Connection."""
+        return await self.store.snapshot_space(name)
 
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         """See Connection."""

@@ -51,6 +51,7 @@ from objstore.volume.status import (
     LimitStatus,
     RecoveryStatus,
     ScrubStatus,
+    SnapshotSpace,
     SnapshotStatus,
     SnapshotTaken,
     StoreStatus,
@@ -341,6 +342,10 @@ class RemoteConnection(Connection):
         """See Connection."""
         wanted = TakeGroupSnapshot(names=list(names), tag=tag, protected=protected)
         return await self.http.ask("POST", "/v1/group-snapshots", list[SnapshotStatus], wanted)
+
+    async def snapshot_space(self, name: str) -> SnapshotSpace:
+        """See Connection."""
+        return await self.http.ask("GET", _snapshot_path(name) + "/space", SnapshotSpace)
 
     async def protect_snapshot(self, name: str, *, protected: bool) -> SnapshotStatus:
         """See Connection."""

@@ -97,6 +97,15 @@ class SnapshotStatus(Struct, frozen=True, kw_only=True):
     """What its contents are called in every store: an import keeps it."""
 
 
+class SnapshotSpace(Struct, frozen=True, kw_only=True):
+    """What a snapshot alone needs at one moment."""
+
+    name: str
+    exclusive_bytes: int
+    """Bytes of its data, one copy, that no other snapshot, VDI or clone shares. Their space comes back when it is
+    deleted, as segments that nothing needs any more, or that collection empties."""
+
+
 class SnapshotTaken(Struct, frozen=True, kw_only=True):
     """What came of taking a snapshot. taken: false if nothing was written since the newest one, which this is."""
 

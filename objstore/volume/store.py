@@ -36,7 +36,7 @@ from objstore.volume.attributes import Attributes
 from objstore.volume.base import VolumeInfo
 from objstore.volume.clones import COPIES_DEFAULT_MAX
 from objstore.volume.directories import make_directories, other_zones
-from objstore.volume.imports import ImportOperations
+from objstore.volume.exclusive import ExclusiveOperations
 from objstore.volume.info import store_info
 from objstore.volume.jobs import Jobs
 from objstore.volume.limits import Limits
@@ -67,7 +67,7 @@ BALLAST_BYTES: Final = 32 << 20
 when other programs have filled the file system to the last byte."""
 
 
-class Store(ImportOperations):
+class Store(ExclusiveOperations):
     """An open store (VolumeSource). Touched by the event loop only; made by `open_store` or `open_zones`."""
 
     def __init__(self, started: Started, lock_note: str = "", reopen: Reopen | None = None) -> None:

@@ -41,6 +41,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "protect_snapshot": {"name": "disk@old", "body": {"protected": False}},
     "delete_snapshot": {"name": "disk@old"},
     "create_group_snapshot": {"body": {"names": ["disk", "kept"], "tag": "group"}},
+    "get_snapshot_space": {"name": "disk@old"},
     "undelete": {"name": "gone", "body": {"name": "back", "vdi_id": None}},
     "purge": {"name": "away"},
     "set_copies": {"name": "disk", "body": {"copies": 1}},

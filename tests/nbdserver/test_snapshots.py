@@ -120,6 +120,7 @@ def test_what_people_see(tmp_path: Path, zones: list[str], capsys: pytest.Captur
             (["vdi", "snapshot", "disk", "s"], ["disk@s", "1M (1048576 bytes)"]),
             (["vdi", "snapshot", "disk", "--skip-unchanged"], ["nothing was written to disk since disk@s"]),
             (["vdi", "snapshots"], ["NAME", "disk@s", "1M"]),
+            (["vdi", "exclusive", "disk@s"], ["disk@s: 0 bytes"]),
             (["vdi", "protect", "disk@1"], ["protected"]),
         ):
             assert main([*arguments, "--zone", zones[0]]) == 0

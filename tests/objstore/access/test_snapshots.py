@@ -50,3 +50,11 @@ async def test_a_group(store: Connection, vdi: VdiHandle) -> None:
     with pytest.raises(NotFound):
         await store.create_group_snapshot(["disk", "nobody"], "u")
     assert await names(store) == ["disk@t", "other@t"]
+
+
+async def test_what_a_snapshot_alone_needs(store: Connection, vdi: VdiHandle) -> None:
+    await vdi.write(0, b"x" * 8192)
+    await store.create_snapshot("disk", "s")
+    assert (await store.snapshot_space("disk@s")).exclusive_bytes == 0
+    await vdi.write(0, b"y")
+    assert (await store.snapshot_space("disk@s")).exclusive_bytes == 4096
