@@ -5,7 +5,6 @@ zones' space, which takes a walk over their files, once every SPACE_SECONDS.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
@@ -22,8 +21,10 @@ from objstore.volume.status import StoreStatus, VdiStatus, ZoneStatus
 PORT: Final = 9847
 FRESH_SECONDS: Final = 0.5
 SPACE_SECONDS: Final = 60.0
-IDLE_SECONDS: Final = 15.0
-"""A connection without a request is closed."""
+CONNECTIONS_MAX: Final = 32
+"""More are closed at once: descriptors are for disks."""
+LIFE_SECONDS: Final = 60.0
+"""A connection that is so old takes no further request; one that is twice as old is closed whatever its client does."""
 
 HTTP_LOG: Final = http_log(__name__)
 
@@ -46,6 +47,14 @@ def parse_address(text: str) -> tuple[str, int]:
         raise InvalidRequest(f"metrics address {text!r}: {error}") from error
 
 
+class _TurnedAway(asyncio.BaseProtocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.BaseProtocol."""
+        transport.close()
+
+
 class MetricsServer:
     """Answers scrapes from `start` to `stop`."""
 
@@ -61,31 +70,56 @@ class MetricsServer:
         self._measuring: asyncio.Task[None] | None = None
         app = web.Application(client_max_size=0)
         app.add_routes([web.get("/metrics", self._answer), web.get("/", self._root)])
-        self._runner = web.AppRunner(
-            app, handle_signals=False, access_log=None, logger=HTTP_LOG, keepalive_timeout=IDLE_SECONDS
-        )
+        self._runner = web.AppRunner(app, handle_signals=False, access_log=None, logger=HTTP_LOG)
+        self._listener: asyncio.Server | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     async def start(self, text: str) -> None:
         """Listen. InvalidRequest: the address is wrong or can't be had."""
         host, port = parse_address(text)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, backlog=16)
         try:
-            await site.start()
+            listener = await asyncio.get_running_loop().create_server(self._connected, host, port, backlog=16)
         except OSError as error:
             await self._runner.cleanup()
             raise InvalidRequest(f"metrics address {text!r}: {error.strerror or error}") from error
-        self.address = self._runner.addresses[0][:2]
+        self._listener = listener
+        self._watcher = asyncio.create_task(self._watch())
+        self.address = listener.sockets[0].getsockname()[:2]
+
+    def _connected(self) -> asyncio.BaseProtocol:
+        """What serves a new connection."""
+        server = self._runner.server
+        assert server is not None
+        if len(server.connections) >= CONNECTIONS_MAX:
+            return _TurnedAway()
+        return server()
+
+    async def _watch(self) -> None:
+        """See that connections end."""
+        server = self._runner.server
+        assert server is not None
+        old: set[web.RequestHandler] = set()
+        known: set[web.RequestHandler] = set()
+        while True:
+            await asyncio.sleep(LIFE_SECONDS)
+            now = set(server.connections)
+            for handler in now & old:
+                handler.force_close()
+            for handler in now & known:
+                handler.close()
+            old, known = now & known, now
 
     async def stop(self) -> None:
         """Idempotent."""
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
-        for task in (self._taking, self._measuring):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-        self._taking = self._measuring = None
+        tasks = [task for task in (self._taking, self._measuring, self._watcher) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._taking = self._measuring = self._watcher = None
 
     async def _answer(self, request: web.Request) -> web.Response:
         now = time.monotonic()
@@ -113,5 +147,7 @@ class MetricsServer:
         try:
             self._space = (await self._store.status()).zones
             self._space_at = time.monotonic()
+        except StoreError as error:
+            HTTP_LOG.info("the zones' space is not known: %s", error)
         finally:
             self._measuring = None

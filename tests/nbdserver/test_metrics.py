@@ -171,6 +171,23 @@ async def test_garbage_is_answered_and_the_next_scrape_works(tmp_path: Path) -> 
         await scrape(metrics)
 
 
+async def test_connections_are_few_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those too many are closed at once, the others after a while, also if they never ask."""
+    monkeypatch.setattr(metrics_http, "CONNECTIONS_MAX", 3)
+    monkeypatch.setattr(metrics_http, "LIFE_SECONDS", 0.1)
+    async with metered(tmp_path) as (_store, _server, metrics):
+        loop = asyncio.get_running_loop()
+        socks = [socket.create_connection(metrics.address) for _ in range(5)]
+        try:
+            for sock in reversed(socks):
+                sock.setblocking(False)
+                assert await loop.sock_recv(sock, 1) == b""
+        finally:
+            for sock in socks:
+                sock.close()
+        await scrape(metrics)
+
+
 async def test_open_metrics_for_those_who_ask_for_it(tmp_path: Path) -> None:
     async with metered(tmp_path) as (_store, _server, metrics):
         accept = "application/openmetrics-text; version=1.0.0"
