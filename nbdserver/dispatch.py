@@ -1,4 +1,4 @@
-"""Requests become volume calls and replies; the only place where errors become NBD error values.
+"""Requests become volume calls and replies.
 
 A batch is answered in one pass: what the volume can do at once (`read_now`, `write_now`) goes into a reply area that is
 reused for every batch, and only what must wait becomes a task. Replies leave in any order (proto.md, "Ordering of
@@ -17,18 +17,18 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from nbdserver.buffers import HEAD_BYTES, Buffer, BufferPool
 from nbdserver.chunks import SPARSE_BYTES_MIN, damaged, sparse
-from nbdserver.complaints import Complaints
 from nbdserver.exports import STATUS_EXTENTS_MAX, ExtentQuery
+from nbdserver.failures import SPACE_TAKING, error_value
 from nbdserver.meters import Meter
 from nbdserver.slow import SlowWatch
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
-from nbdserver.wire.constants import Command, CommandFlag, ErrorValue, OptionReply
+from nbdserver.wire.constants import Command, CommandFlag, ErrorValue
 from nbdserver.wire.requests import decode_status_payload
 from objstore import errors
 from objstore.stages import stage
 from objstore.units import KIB
-from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Limiter, Volume, VolumeSource
+from objstore.volume.base import REQUEST_BYTES_MAX, Extent, Limiter, Volume
 
 log = logging.getLogger(__name__)
 
@@ -68,56 +68,6 @@ LIMITED: Final = {
     int(Command.CACHE): (False, True),
 }
 """What the limits of a volume count: whether it is a write, and whether its length counts or only that it is one."""
-SPACE_TAKING: Final = frozenset((Command.WRITE, Command.WRITE_ZEROES))
-
-ERRORS: Final[Sequence[tuple[type[Exception], ErrorValue, OptionReply]]] = (
-    (errors.OutOfRange, ErrorValue.EINVAL, OptionReply.ERR_INVALID),
-    (errors.InvalidRequest, ErrorValue.EINVAL, OptionReply.ERR_INVALID),
-    (errors.ReadOnly, ErrorValue.EPERM, OptionReply.ERR_POLICY),
-    (errors.NoSpace, ErrorValue.ENOSPC, OptionReply.ERR_UNKNOWN),
-    (errors.NotSupported, ErrorValue.ENOTSUP, OptionReply.ERR_UNSUP),
-    (errors.NotFound, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
-    (errors.Unavailable, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
-    (errors.Corrupt, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
-    (errors.Exists, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
-    (errors.FormatError, ErrorValue.EIO, OptionReply.ERR_UNKNOWN),
-    (errors.Busy, ErrorValue.EIO, OptionReply.ERR_POLICY),
-    (errors.Suspended, ErrorValue.EIO, OptionReply.ERR_POLICY),
-    (errors.Fenced, ErrorValue.EIO, OptionReply.ERR_POLICY),
-    (errors.Stopping, ErrorValue.EIO, OptionReply.ERR_SHUTDOWN),
-)
-"""What each error of objstore is in the transmission phase and in the handshake; the first row that matches counts.
-Exceptions to it: OutOfRange of a command that takes space is ENOSPC, Stopping has no reply in transmission, and
-anything that is not here is a bug: EIO, ERR_UNKNOWN, logged with its traceback."""
-
-
-def error_value(error: Exception, command: int) -> ErrorValue:
-    """The number that a request which failed with `error` is answered with."""
-    if isinstance(error, errors.OutOfRange) and command in SPACE_TAKING:
-        return ErrorValue.ENOSPC
-    for kind, value, _ in ERRORS:
-        if isinstance(error, kind):
-            return value
-    log.error("request failed for an unexpected reason command=%d", command, exc_info=error)
-    return ErrorValue.EIO
-
-
-def option_error(error: Exception) -> tuple[OptionReply, str]:
-    """The reply to an option that could not be done because of `error`."""
-    for kind, _, reply in ERRORS:
-        if isinstance(error, kind):
-            return reply, str(error)
-    log.error("opening an export failed for an unexpected reason", exc_info=error)
-    return OptionReply.ERR_UNKNOWN, "internal error of the server; see its log"
-
-
-async def open_volume(source: VolumeSource, name: str, complain: Complaints) -> Volume | tuple[OptionReply, str]:
-    """The volume behind an export, or what to tell the client why there is none."""
-    try:
-        return await source.open(name)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the client gets its reply
-        complain(("open", name), "export can't be opened name=%s: %s", name, error)
-        return option_error(error)
 
 
 class Outbox(Protocol):

@@ -4,8 +4,8 @@ import socket
 
 from nbdserver.access import Attached, Right
 from nbdserver.common import Common
-from nbdserver.dispatch import open_volume
 from nbdserver.exports import View, snapshot_of
+from nbdserver.failures import open_volume
 from nbdserver.identity import Peer
 from nbdserver.keepalive import ONE_WRITER
 from nbdserver.wire.constants import OptionReply

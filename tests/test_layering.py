@@ -72,6 +72,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.complaints": set(),
     "nbdserver.turns": set(),
     "nbdserver.identity": set(),
+    "nbdserver.failures": WIRE | {"nbdserver.complaints"},
     "nbdserver.admission": {"nbdserver.settings"},
     "nbdserver.stalls": set(),
     "nbdserver.keepalive": set(),
@@ -83,12 +84,12 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.metrics_http": {"nbdserver.http_log", "nbdserver.meters", "nbdserver.metrics"},
     "nbdserver.exports": WIRE | {"nbdserver.access", "nbdserver.identity"},
     "nbdserver.handshake": WIRE | {"nbdserver.exports"},
-    "nbdserver.entrance": WIRE | IDENTITY | {"nbdserver.common", "nbdserver.dispatch", "nbdserver.exports"},
+    "nbdserver.entrance": WIRE | IDENTITY | {"nbdserver.common", "nbdserver.exports", "nbdserver.failures"},
     "nbdserver.transmission": WIRE,
     "nbdserver.chunks": WIRE,
     "nbdserver.dispatch": WIRE
     | MACHINES
-    | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.complaints", "nbdserver.meters", "nbdserver.slow"},
+    | {"nbdserver.exports", "nbdserver.chunks", "nbdserver.failures", "nbdserver.meters", "nbdserver.slow"},
     "nbdserver.tls": {"nbdserver.handshake"},
     "nbdserver.tls_stream": set(),
     "nbdserver.tls_make": {"nbdserver.tls"},

@@ -17,11 +17,9 @@ from nbdserver.dispatch import (
     DAMAGED_RANGES_MAX,
     REPLY_AREA_BYTES,
     Dispatch,
-    error_value,
-    open_volume,
-    option_error,
 )
 from nbdserver.exports import CONTEXTS
+from nbdserver.failures import ERRORS, error_value, open_volume, option_error
 from nbdserver.transmission import Request
 from nbdserver.wire import replies as wire
 from nbdserver.wire.constants import Chunk, Command, CommandFlag, ErrorValue, OptionReply
@@ -287,7 +285,7 @@ def test_out_of_range_by_command(command: Command) -> None:
 
 
 def test_only_values_of_the_protocol_leave() -> None:
-    assert {row[1] for row in subject.ERRORS} <= set(ErrorValue) - {
+    assert {row[1] for row in ERRORS} <= set(ErrorValue) - {
         ErrorValue.ESHUTDOWN,
         ErrorValue.ENOMEM,
         ErrorValue.EOVERFLOW,
