@@ -17,6 +17,7 @@ from nbdserver.slow import SlowLog
 from nbdserver.tls import Tls
 from nbdserver.transmission import RECEIVE_BYTES
 from nbdserver.turns import Turns
+from nbdserver.watching import BusyPoll
 
 log = logging.getLogger(__name__)
 
@@ -52,4 +53,4 @@ class Common:
         self.turns = Turns()
         self.last_active: object = None
         """The connection that moved last."""
-        self.no_polling_until = 0.0
+        self.busy_poll = BusyPoll()

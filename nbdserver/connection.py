@@ -17,13 +17,9 @@ Every attribute is changed in the event loop only.
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import logging
-import select
 import socket
 import ssl
-import sys
-import termios
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -43,6 +39,7 @@ from nbdserver.tls import certificate_names, distinguished_name
 from nbdserver.tls_stream import TlsStream
 from nbdserver.transmission import Transmission
 from nbdserver.turns import Share
+from nbdserver.watching import SocketWatch
 from nbdserver.wire import replies
 from nbdserver.wire.constants import ProtocolError
 from objstore.access.api import ClientStatus
@@ -51,11 +48,7 @@ from objstore.volume.base import REQUEST_BYTES_MAX, Volume, VolumeInfo
 
 log = logging.getLogger(__name__)
 
-HUNG_UP: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
-CROWDED_SECONDS: Final = 200e-6
-"""A busy poll that ends so much too late was interrupted by another process."""
-CROWDED_PAUSE_SECONDS: Final = 0.1
 PEEK_BYTES_MAX: Final = 16 << 20
 """More than a socket's receive buffer holds (net.ipv4.tcp_rmem: 6 MiB)."""
 ROUNDS_MAX: Final = 16
@@ -90,10 +83,7 @@ class Connection:
         self._dispatch: Dispatch | None = None
         self._meter: Meter | None = None
         self._slow: SlowWatch | None = None
-        self._hang_up = select.poll()
-        self._hang_up.register(sock.fileno(), HUNG_UP)
-        self._readable = select.poll()
-        self._readable.register(sock.fileno(), select.POLLIN)
+        self._watch = SocketWatch(sock)
         self._sender = Sender(sock, common.pool, common.reply_area, lost=self._lost, moved=self._moved)
         self._reading = False
         self._share: Share | None = None
@@ -226,14 +216,10 @@ class Connection:
         return bool(self._in_order)
 
     def _peek(self) -> bytes:
-        """What the kernel still has of the peer's stream; nothing if that is more than PEEK_BYTES_MAX."""
+        """What the peer has sent and nobody has read yet, as far as that can be told."""
         if isinstance(self._stream, TlsStream):
             return self._stream.peek(PEEK_BYTES_MAX)
-        with contextlib.suppress(OSError):
-            unread_bytes = int.from_bytes(fcntl.ioctl(self._sock, termios.FIONREAD, bytes(4)), sys.byteorder)
-            if 0 < unread_bytes <= PEEK_BYTES_MAX:
-                return self._sock.recv(unread_bytes, socket.MSG_PEEK)
-        return b""
+        return self._watch.peek(PEEK_BYTES_MAX)
 
     async def settled(self) -> None:
         """Return when nothing that this connection has asked for can happen any more."""
@@ -243,7 +229,7 @@ class Connection:
 
     def hung_up(self) -> bool:
         """The peer will send nothing more."""
-        return bool(self._hang_up.poll(0))
+        return self._watch.hung_up()
 
     @property
     def disconnected(self) -> bool:
@@ -433,26 +419,11 @@ class Connection:
         transmission.park()
 
     def _next_comes_soon(self) -> bool:
-        """Poll for at most busy_poll_seconds. Not while something of this connection waits for the loop, nor for a
-        while after a poll that took much longer than it should: then others want the core, and polling takes the time
-        away that answering needs."""
+        """Poll for at most busy_poll_seconds. Not while something of this connection waits for the loop."""
         assert self._dispatch is not None
-        common = self._common
         if self._sender.waiting_since is not None or self._dispatch.in_flight:
             return False
-        start = time.monotonic()
-        if start < common.no_polling_until:
-            return False
-        poll = self._readable.poll
-        deadline = start + self._settings.busy_poll_seconds
-        found = bool(poll(0))
-        now = time.monotonic()
-        while not found and now < deadline:
-            found = bool(poll(0))
-            now = time.monotonic()
-        if now - deadline > CROWDED_SECONDS:
-            common.no_polling_until = now + CROWDED_PAUSE_SECONDS
-        return found
+        return self._common.busy_poll.readable(self._watch, self._settings.busy_poll_seconds)
 
     def _advance(self) -> bool:
         """Answer what has been received. False: receive no more for now (everything is parked, reading is paused)."""
@@ -623,7 +594,7 @@ class Connection:
         finally:
             if not self._dead:
                 self._die()
-            self._hang_up.unregister(self._sock.fileno())
+            self._watch.close()
             self._sock.close()
             await self._give_volumes_back()
 

@@ -41,7 +41,7 @@ class ServerSettings:
     busy_poll_seconds: float = 50e-6
     """How long the only active client is polled for its next request before the loop sleeps. 4 KiB at depth 1, single
     runs of 1 s on a shared two-core host: with a core left 30 k/s with 50 us of it and 16 k/s without; with more
-    processes than cores it cost (mean of five: 14 k/s with, 19 k/s without), hence the pause in connection.py, whose
+    processes than cores it cost (mean of five: 14 k/s with, 19 k/s without), hence the pause in watching.py, whose
     own gain was lost in the noise."""
     socket_buffer_bytes: int = 1 * MIB
     """Send buffer of Unix sockets, 0 = the system's default. TCP sizes its own. 1 MiB reads at depth 8, medians of

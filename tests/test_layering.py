@@ -25,7 +25,14 @@ BASE = {
 WIRE = {"nbdserver.wire", "nbdserver.buffers"}
 MACHINES = {"nbdserver.handshake", "nbdserver.transmission"}
 TLS = {"nbdserver.tls", "nbdserver.tls_stream"}
-IDENTITY = {"nbdserver.access", "nbdserver.keepalive", "nbdserver.identity", "nbdserver.meters", "nbdserver.slow"}
+IDENTITY = {
+    "nbdserver.access",
+    "nbdserver.keepalive",
+    "nbdserver.watching",
+    "nbdserver.identity",
+    "nbdserver.meters",
+    "nbdserver.slow",
+}
 CONNECTION = {
     "nbdserver.exports",
     "nbdserver.dispatch",
@@ -76,6 +83,7 @@ MAY_IMPORT = {  # layer (the longest prefix that fits counts): what of ours it m
     "nbdserver.admission": {"nbdserver.settings"},
     "nbdserver.stalls": set(),
     "nbdserver.keepalive": set(),
+    "nbdserver.watching": set(),
     "nbdserver.access": {"nbdserver.identity"},
     "nbdserver.http_log": set(),
     "nbdserver.meters": WIRE,

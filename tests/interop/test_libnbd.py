@@ -20,7 +20,7 @@ async def test_nbdinfo_json(export: Export) -> None:
     assert said["structured"] is True
     (disk,) = said["exports"]
     assert disk["export-size"] == IMAGE_BYTES
-    assert disk["contexts"] == ["base:allocation"]
+    assert disk["contexts"] == ["base:allocation", "qemu:allocation-depth"]
     assert not disk["is_read_only"]
     for flag in ("df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero", "cache"):
         assert disk[f"can_{flag}"] is True, flag
