@@ -40,6 +40,7 @@ from tests.sim.changes import Changes
 from tests.sim.knobs import Knobs
 from tests.sim.model import BLOCK_BYTES, DATA, HOLE, RESERVED, DiskModel, Request, Violation, stamped
 from tests.sim.snapshots import Snapshots
+from tests.sim.trash import Trash
 from tests.sim.world import CHANGE_PHASES, CRASH_CALLS, FAILING_CALLS, PHASES, Failing, Trigger, World
 from tests.sim.zone_faults import ZoneFaults
 from tests.support.check_zones import check_files
@@ -113,6 +114,8 @@ class Scenario:
         self.changes = Changes(self, seed, knobs.seeds_changes if type(self) is Scenario else 0.0)
         if self.changes.enabled:
             self.phases = (*self.phases, *CHANGE_PHASES)
+        plain = type(self) is Scenario and not self.changes.enabled and not troubled
+        self.trash = Trash(self, seed, enabled=plain)
         self.trouble = ZoneFaults(world, seed, knobs.zone_kinds if troubled else ())
         if troubled:
             self.knobs = knobs = dataclasses.replace(knobs, eio=0.0, seeds_tight=0.0)
@@ -122,7 +125,11 @@ class Scenario:
         self.names = 0
         self.request_number = 0
         self.recycle = rng.choice((3, 12)) if rng.random() < knobs.seeds_recycled else 0
-        self.settings = StoreSettings(dirty_bytes_max=MIB, dirty_age_seconds=rng.choice((0.05, 0.3, 2.0)))
+        self.settings = StoreSettings(
+            dirty_bytes_max=MIB,
+            dirty_age_seconds=rng.choice((0.05, 0.3, 2.0)),
+            trash_days=30.0 if self.trash.enabled else 0.0,
+        )
         # Smaller than an administrator may set, so that few operations fill many segments and page the map.
         small = {
             "segment_bytes": rng.choice((64, 128, 256, 256)) * KIB,
@@ -219,7 +226,7 @@ class Scenario:
                 for fs in world.zones:
                     fs.capacity_bytes = fs.taken_bytes + rng.randrange(1200 * KIB)
             self.snapshots.crashed()
-            for model in self.models.values():
+            for model in (*self.models.values(), *self.trash.models.values()):
                 model.crashed()
         else:
             world.end_process(power=self.trouble.power_fails)
@@ -315,9 +322,11 @@ class Scenario:
         self.store = store = await self._open_store(loop)
         if self.changes.enabled:
             await self._until_stopped(functools.partial(self.changes.settle, store))
+        await self.trash.check(store)
         await self._check_names(store)
         self.snapshots.check_names(store)
         world.phase = "recovery"
+        await self._until_stopped(functools.partial(self.trash.come_back, store))
         if self.changes.enabled and not last:
             await self._until_stopped(functools.partial(self.changes.detached, store))
         await self._until_stopped(functools.partial(self.snapshots.roll_back, store))
@@ -351,6 +360,7 @@ class Scenario:
         late = self._clients(store)[:3] if not last and self.rng.random() < 0.4 else []
         world.phase = "shutdown"
         if last:
+            await self.trash.empty(store)
             if end == "stop" and self.rng.random() < 0.7:
                 await self.snapshots.delete_all(store)
             await self._come_to_rest(store)
@@ -366,7 +376,7 @@ class Scenario:
         world.note("stopped cleanly")
         if late:
             await asyncio.wait(late)
-        for model in self.models.values():
+        for model in (*self.models.values(), *self.trash.models.values()):
             model.stopped()
         await self._quiet(store)
 
@@ -615,7 +625,7 @@ class Scenario:
                 raise Violation(f"nobody could delete VDI {model.name}: {failures}")
         world.active["delete"] -= 1
         world.note(f"deleted {model.name}")
-        del self.models[model.name]
+        await self.trash.deleted(store, model)
 
     # -- what must hold between operations ----------------------------------------------------------------------
 

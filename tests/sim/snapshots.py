@@ -31,6 +31,7 @@ class Snapshots:
         self.scenario = scenario
         self.world = scenario.world
         self.rng = random.Random(seed + 4)
+        self.group_rng = random.Random(seed + 7)
         self.models: dict[str, DiskModel] = {}
         self._pending: dict[str, tuple[DiskModel, int]] = {}
         """Those that are being taken: model of the disk, and the last request answered before."""
@@ -38,6 +39,8 @@ class Snapshots:
         """Clones that are being made, likewise; of a snapshot: its model, 0."""
         self._rollback: tuple[str, str, int] | None = None
         """One that is under way: disk, snapshot, the disk's log before."""
+        self._group: list[str] = []
+        """Snapshots that are being taken at one instant."""
         self._tags = 0
 
     # -- what may be there --------------------------------------------------------------------------------------
@@ -85,6 +88,10 @@ class Snapshots:
     def check_names(self, store: Store) -> None:
         """What exists must, what is gone must not; what was under way is settled now."""
         names = {snapshot.name for snapshot in store.snapshots()}
+        there = [name for name in self._group if name in names]
+        if there and there != self._group:
+            raise Violation(f"of the group {self._group} there is only {there}")
+        self._group = []
         if self._rollback is not None:
             disk, snapshot, log = self._rollback
             if store.vdi(disk).log != log:
@@ -188,7 +195,9 @@ class Snapshots:
                 await self._delete(store, rng.choice(names))
             elif names and rng.random() < 0.3:
                 await self.clone(store, rng.choice(names))
-            elif disks := self.settled():
+            elif len(disks := self.settled()) > 1 and self.group_rng.random() < 0.3:
+                await self._take_group(store, self.group_rng.sample(disks, self.group_rng.randrange(2, len(disks) + 1)))
+            elif disks:
                 disk = rng.choice(disks)
                 await (self._take(store, disk) if rng.random() < 0.8 else self.clone(store, disk))
 
@@ -196,6 +205,38 @@ class Snapshots:
         """Disks that are open and not just being looked at for the first time."""
         models = self.scenario.models
         return sorted(name for name in self.scenario.open_models if name in models and models[name].allowed is None)
+
+    async def _take_group(self, store: Store, disks: list[str]) -> None:
+        """Snapshots of several disks at one instant: all of them or none, over a crash too."""
+        world, models = self.world, self.scenario.models
+        self._tags += 1
+        tag = f"t{self._tags}"
+        self._group = [f"{disk}@{tag}" for disk in disks]
+        lows = {name: models[disk].flush_asked() for name, disk in zip(self._group, disks, strict=True)}
+        for name, disk in zip(self._group, disks, strict=True):
+            self._pending[name] = models[disk], lows[name]
+        world.active["snapshot"] += 1
+        world.note(f"taking {' '.join(self._group)}")
+        try:
+            taken = await store.create_group_snapshot(disks, tag)
+        except (NoSpace, NotFound) as error:
+            for name in self._group:
+                del self._pending[name]
+            self._group = []
+            if isinstance(error, NoSpace):
+                self.scenario.more_space("nospace-snapshot")
+            return
+        finally:
+            world.active["snapshot"] -= 1
+        if [snapshot.name for snapshot in taken] != self._group:
+            raise Violation(f"the group {self._group} came as {taken}")
+        for name in self._group:
+            disk, low = self._pending.pop(name)
+            model = self.models[name] = self._model(name, disk, low)
+            model.existence = "yes"
+            disk.durable = max(disk.durable, low)
+        world.faults["group-snapshot"] += 1
+        self._group = []
 
     async def _take(self, store: Store, disk_name: str) -> None:
         world, disk = self.world, self.scenario.models[disk_name]
