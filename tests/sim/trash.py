@@ -1,7 +1,7 @@
 """The trash in a scenario: in some seeds disks that are deleted are kept, come back with what they had, or are purged.
 
-A disk is among the models of the scenario, deleted and back with every step that may be cut, or here. What was under way
-when the process died is settled by what the store of the next life lists.
+A disk is among the models of the scenario, deleted and back with every step that may be cut, or here. What was under
+way when the process died is settled by what the store of the next life lists.
 """
 
 from __future__ import annotations
