@@ -264,6 +264,11 @@ class Catalog:
         self._lock = asyncio.Lock()
 
     @property
+    def steady(self) -> asyncio.Lock:
+        """While it is held nothing is committed, and the log is not replaced by a snapshot."""
+        return self._lock
+
+    @property
     def error(self) -> StoreError | None:
         """Why the catalog takes no more entries; a snapshot that can be written ends it."""
         if self._error is None and self._writer is not None:
@@ -413,6 +418,9 @@ class Catalog:
         self._error = None
         self._writer = self._new_writer(membership)
         await old.close()
+        for segment in [s for s in self.env.segments.values() if s.log == CATALOG_LOG and s.number < self._next_number]:
+            del self.env.segments[segment.key]
+            segment.close_handles()
         await self._drop_old()
 
     async def commit(self, *entries: Entry) -> None:

@@ -351,8 +351,12 @@ class Scrub:
                         continue
                     self._repaired += 1
         for segment in [s for s in env.segments.values() if s.log == CATALOG_LOG]:
-            if segment.sealed and segment.memory is None:
-                await self._heal(segment, None, self._courtesy if self._on_demand else None)
+            began = env.clock.monotonic()
+            async with store.catalog.steady:
+                if env.segments.get(segment.key) is segment and segment.sealed and segment.memory is None:
+                    await self._heal(segment, None, None)
+            if self._on_demand:
+                await self._courtesy.make_way(env.clock.monotonic() - began)
 
     # -- one object -------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import pytest
 from objstore.errors import Corrupt, NoSpace
 from objstore.log.checkpoint import checkpoint_folder, checkpoint_name
 from objstore.log.segment import log_folder
-from objstore.units import BLOCK_BYTES, MIB
+from objstore.units import BLOCK_BYTES, KIB, MIB
 from objstore.volume import damaged
 from objstore.volume.scrub import NOTE_NAME, NOTE_SECONDS, SETTLE_SECONDS
 from tests.conftest import ExpectedWarnings
@@ -471,3 +471,26 @@ async def test_lost_map_pages_and_deleted_disks_are_known_after_a_restart(
     store = await world.open()
     assert store.vdi("disk").damaged_bytes == 0
     assert not store.catalog.state.damage
+
+
+async def test_a_catalog_whose_log_was_replaced_is_whole(world: World) -> None:
+    """By a snapshot, before the pass and while it is under way: what is gone for good is no bad copy."""
+    store = world.store
+    assert store is not None
+    await store.create_vdi("disk", MIB, copies=2)
+    await store.attributes.set("disk", "key", b"x" * (200 * KIB // 4))
+    for _ in range(12):
+        await store.attributes.set("disk", "key", b"y" * (60 * KIB))
+    await store.catalog.compact()
+    for _ in range(12):
+        await store.attributes.set("disk", "key", b"z" * (60 * KIB))
+    await scrub(world)
+    await store.start_scrub()
+    await turns(20)
+    await store.catalog.compact()
+    await store.wait_for_scrub()
+    status = store.scrub.status()
+    assert (status.copies_bad, status.copies_unrepaired) == (0, 0)
+    assert [
+        s.name for s in store.env.segments.values() if s.log == 0 and s.name not in world.names(0, "log/000000/")
+    ] == []
