@@ -94,6 +94,9 @@ class Outbox(Protocol):
         ...
 
 
+RHYTHM_MIN: Final = 4
+"""A client that has sent so many flushes, each behind exactly one other request, is expected to send one behind the
+next request too. If it doesn't, one sync was for nothing, and the counting begins anew."""
 FLUSHES_REPEATED_MAX: Final = 3
 """More flushes than that for one and the same state come from a client that repeats a flush until it is answered (fio
 sends 20 times as many as it needs); while they wait, its connection is not read."""
@@ -151,6 +154,10 @@ class Dispatch:
         self._hurried = False
         self._flush_group: FlushGroup | None = None
         """The youngest flush under way."""
+        self._last_flush = 0
+        """`request_count` when the last flush came."""
+        self._rhythm = 0
+        """Flushes that came without a break, each behind exactly one other request."""
         self._loop = asyncio.get_running_loop()
         self._plain_write_flags = _PAYLOAD_LEN if extended else 0
         self._flags_allowed = {int(command): int(flags) for command, flags in FLAGS_ALLOWED.items()}
@@ -295,6 +302,8 @@ class Dispatch:
                 meter.batch(_READ, reads, read_bytes, took)
             if writes:
                 meter.batch(_WRITE, writes, written_bytes, took)
+        if self._rhythm >= RHYTHM_MIN and self.request_count == self._last_flush + 1:
+            self._volume.sync_soon()
 
     def _may_go(self, limiter: Limiter, command: int, length: int) -> bool:
         if command not in LIMITED:
@@ -369,6 +378,8 @@ class Dispatch:
     def _begin_flush(self, cookie: int, offset: int) -> None:
         """Answer a flush at once if nothing awaits durability; let it share the flush under way if nothing changed
         since that began (fio repeats a flush until it is answered); else begin one."""
+        self._rhythm = self._rhythm + 1 if self.request_count == self._last_flush + 2 else 0
+        self._last_flush = self.request_count
         state = self._volume.flush_state()
         group = self._flush_group
         if not state:

@@ -57,6 +57,21 @@ class Handle(ABC):
         """As write, and exactly these bytes are durable on return; promises nothing about earlier writes. NoSpace:
         these bytes are unknown, and no others; they may be written again."""
 
+    def open_around(self) -> None:
+        """Make ready for `begin_durable` around the host's cache, if the backend can do that; it need not."""
+        return
+
+    def begin_durable(self, offset_bytes: int, length_bytes: int, *, around: bool) -> int:
+        """The caller will have the kernel write these bytes with RWF_DSYNC by itself, instead of `write_durable`: the
+        descriptor for it; -1: only `write_durable` will do. around: as `write_around`, from memory that starts at a
+        page. `end_durable` follows. Never waits."""
+        return -1
+
+    def end_durable(self, length_bytes: int, result: int) -> bool:
+        """What came of that: bytes written or a negative errno. False: the kernel has not taken it, or not all of it,
+        and named no error; `write_durable` will. Raises what that would. Never waits."""
+        return False
+
     @abstractmethod
     def sync(self) -> None:
         """Every write of this handle that returned before this call is durable on return. After an error, NoSpace

@@ -135,6 +135,29 @@ class FileHandle(Handle):
             # Without space these bytes are unknown, and no others: whoever writes them again makes their pages dirty.
             raise self._failed(error, "write_durable", written_back=error.errno not in FULL_ERRNOS) from error
 
+    def open_around(self) -> None:
+        if self._pwritev is os.pwritev:
+            self._around()
+
+    def begin_durable(self, offset_bytes: int, length_bytes: int, *, around: bool) -> int:
+        # A file system that stands between us and the kernel must see every call.
+        if self._pwritev is not os.pwritev or not self._able.dsync or self._resized or self._broken is not None:
+            return -1
+        if offset_bytes + length_bytes > self.size_bytes:
+            return -1
+        if not around:
+            return self._fd
+        return -1 if self._cached_only or (offset_bytes | length_bytes) % DIRECT_ALIGN_BYTES else self._direct_fd
+
+    def end_durable(self, length_bytes: int, result: int) -> bool:
+        if result < 0:
+            if -result in (EINVAL, EOPNOTSUPP):
+                self._cached_only = True
+                return False
+            error = OSError(-result, os.strerror(-result))
+            raise self._failed(error, "write_durable", written_back=-result not in FULL_ERRNOS) from error
+        return result == length_bytes
+
     def sync(self) -> None:
         if self._broken is not None:
             raise ZoneFailed(self._broken)

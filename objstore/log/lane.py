@@ -15,7 +15,7 @@ from objstore.backend.base import Handle, ZoneFailed
 from objstore.errors import NoSpace, StoreError
 from objstore.log.env import Env
 from objstore.log.segment import Record, Segment
-from objstore.replica.zone import Call
+from objstore.replica.zone import Call, Write
 from objstore.units import BLOCK_SHIFT
 
 JOB_BYTES_MAX: Final = 16 << 20
@@ -45,13 +45,15 @@ class Seal:
 
 class Job(NamedTuple):
     """What a lane does next. synced: what is durable in the zone when it has succeeded. begin, rest: the same work for
-    `run_abreast`, if the job is small and synced: writes that wait for nothing, and what comes behind them."""
+    `run_abreast`, if the job is small and synced: writes that wait for nothing, and what comes behind them. write: the
+    job is nothing but this `write_durable` (handle, offset, memory, whether around the cache)."""
 
     steps: list[Step]
     begin: list[Step]
     rest: list[Step]
     written: "list[Record | Seal]"
     synced: "list[Record | Seal]"
+    write: tuple[Handle, int, memoryview, bool] | None = None
 
 
 class LaneOwner(Protocol):
@@ -172,15 +174,19 @@ class Lane:
         rest += self._seal_steps(dirty, to_sync, written, synced)
         if not begin and not rest:
             return None
+        write: tuple[Handle, int, memoryview, bool] | None = None
         if was_clean and len(begin) == 1 and len(rest) == 1 and sync and size <= SHARED_BYTES_MAX:
             # Nothing older is unsynced, in this file or another: making just these bytes durable is enough.
-            steps: list[Step] = [(begin[0][0].write_durable, *begin[0][2:])]
+            handle, is_reader, offset_bytes, views = begin[0]
+            steps: list[Step] = [(handle.write_durable, offset_bytes, views)]
+            if len(views) == 1:
+                write = handle, offset_bytes, views[0], not is_reader
         else:
             steps = [(h.write if is_read else h.write_around, *where) for h, is_read, *where in begin]
             steps += rest
         self.busy = True
         soon: list[Step] = [(h.write_soon, *where) for h, _, *where in begin]
-        self.job = Job(steps, soon, rest if sync and size <= SHARED_BYTES_MAX else [], written, synced)
+        self.job = Job(steps, soon, rest if sync and size <= SHARED_BYTES_MAX else [], written, synced, write)
         return self.job
 
     def _to_sync(self, dirty: dict[Segment, bool]) -> set[Segment]:
@@ -250,11 +256,19 @@ class Lane:
 
 
 def start_jobs(lanes: Iterable[Lane]) -> None:
-    """Start whatever these lanes have to do, each in its zone's threads; small synced jobs of zones that share a file
-    system in one thread."""
+    """Start whatever these lanes have to do: single durable writes without a thread where that can be, the rest in each
+    zone's threads; small synced jobs of zones that share a file system in one thread."""
     taken = [(lane, job) for lane in lanes if (job := lane.take_job()) is not None]
     if not taken:
         return
+    executor = taken[0][0].writer.env.executor
+    writes = [(lane, job) for lane, job in taken if job.write is not None]
+    if writes:
+        begun = executor.start_writes(
+            [Write(lane.zone, *job.write, functools.partial(_done, (lane, job))) for lane, job in writes if job.write]
+        )
+        started = {lane for (lane, _), has_begun in zip(writes, begun, strict=True) if has_begun}
+        taken = [pair for pair in taken if pair[0] not in started]
     calls: list[Call] = []
     while taken:
         lane, job = first = taken.pop(0)
@@ -268,10 +282,9 @@ def start_jobs(lanes: Iterable[Lane]) -> None:
             jobs = [(job.begin, job.rest) for _, job in abreast]
             done = functools.partial(_done_abreast, abreast)
             calls.append(Call(lane.zone, run_abreast, (jobs,), done, tuple(other.zone for other, _ in abreast[1:])))
-    executor = lane.writer.env.executor
     if len(calls) == 1:
         executor.submit(*calls[0])
-    else:
+    elif calls:
         executor.submit_together(calls)
 
 

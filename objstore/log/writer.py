@@ -14,6 +14,7 @@ Rules kept here (DESIGN.md tells the schedules that break them):
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import itertools
 import logging
@@ -87,6 +88,13 @@ def segment_blocks(segment_bytes: int) -> int:
     return min(BLOCKS_MAX, data + max(16, min(DIRECTORY_RESERVE_PAGES, data // 16)))
 
 
+def paged_memory(length_bytes: int) -> memoryview:
+    """Writable memory that begins at a page, as writing around the page cache needs it."""
+    memory = memoryview(bytearray(length_bytes + BLOCK_BYTES - 1))
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % BLOCK_BYTES
+    return memory[start : start + length_bytes]
+
+
 def prepare_segment(
     backend: Backend, name: str, size_bytes: int, reserve_bytes: int, header: bytes, *, ahead: bool
 ) -> Handle:
@@ -100,6 +108,8 @@ def prepare_segment(
         if ahead and not handle.recycled:
             for offset in range(len(header), size_bytes, len(ZEROS)):
                 handle.write(offset, [ZEROS[: size_bytes - offset]])
+        if ahead:
+            handle.open_around()
         handle.sync()
     except StoreError:
         handle.close()
@@ -710,7 +720,8 @@ class LogWriter:
         used = record.blocks << BLOCK_SHIFT
         if record.blocks <= COPY_OUT_BLOCKS_MAX:
             buffer = record.view
-            record.view = memoryview(bytes(buffer[:used]))
+            record.view = paged_memory(used)
+            record.view[:] = buffer[:used]
             record.buffer = None
             self.env.pool.put(buffer)
         else:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from objstore.backend.base import Backend, Handle, Writer
 from objstore.errors import Busy, StoreError
+from objstore.replica.ring import ENTRIES, Request, Ring
 
 T = TypeVar("T")
 Done = Callable[[Any, BaseException | None], None]
@@ -56,6 +58,18 @@ class Call(NamedTuple):
     others: tuple[int, ...] = ()
 
 
+class Write(NamedTuple):
+    """A `Handle.write_durable` of one piece of memory that stays as it is; `done` follows as that of a Call. around:
+    see `Handle.begin_durable`."""
+
+    zone: int
+    handle: Handle
+    offset_bytes: int
+    view: memoryview
+    around: bool
+    done: Done
+
+
 class Closable(Protocol):
     """What holds a descriptor."""
 
@@ -79,6 +93,11 @@ class Executor(Protocol):
     def submit_together(self, calls: Sequence[Call]) -> None:
         """Submit calls of which nobody needs the first result before the last: they may complete together, when the
         last of them has ended or any has failed."""
+        ...
+
+    def start_writes(self, writes: Sequence[Write]) -> list[bool]:
+        """Begin those of these writes that need no thread; they count as calls of their zones in all respects. For each
+        whether it has begun."""
         ...
 
     def poll(self, now: float) -> None:
@@ -162,7 +181,7 @@ class _Job:
 
 
 class ThreadExecutor:
-    """Daemon threads per zone. Several completions share one wake-up of the loop.
+    """Daemon threads per zone, and a ring for writes that need none. Several completions share one wake-up of the loop.
 
     Owned by the loop that made it: all but `_work` is called there only. `_finished` is appended to by the threads;
     deque.append and popleft are atomic, and the loop clears `_woken` before it drains, so no completion is overlooked.
@@ -184,6 +203,11 @@ class ThreadExecutor:
         self._now = 0.0
         self._woken = False
         self._closed = False
+        self._ring: Ring | None = None
+        self._ring_asked = False
+        self._writes: dict[int, tuple[_Job, Write]] = {}
+        """What the ring has under way, by number."""
+        self._numbers = itertools.count()
 
     def submit(
         self, zone: int, function: Callable[..., Any], args: tuple[Any, ...], done: Done, others: tuple[int, ...] = ()
@@ -202,6 +226,48 @@ class ThreadExecutor:
             job.others = others
             job.under_way = under_way
             self._put(job)
+
+    def start_writes(self, writes: Sequence[Write]) -> list[bool]:
+        begun = [False] * len(writes)
+        requests: list[Request] = []
+        places: list[int] = []
+        if not self._ring_asked:
+            self._ring_asked = True
+            self._ring = Ring.open()
+            if self._ring is not None:
+                self._loop.add_reader(self._ring.eventfd, self._written)
+        if self._ring is None or self._closed or len(self._writes) + len(writes) > ENTRIES:
+            return begun
+        for i, (zone, handle, offset_bytes, view, around, _) in enumerate(writes):
+            usable = not view.readonly and zone not in self._out
+            fd = handle.begin_durable(offset_bytes, len(view), around=around) if usable else -1
+            if fd >= 0:
+                requests.append(Request(next(self._numbers), fd, offset_bytes, view))
+                places.append(i)
+        taken = self._ring.submit(requests) if requests else 0
+        for i, request in zip(places[:taken], requests, strict=False):
+            write = writes[i]
+            args = (write.offset_bytes, [write.view])
+            job = _Job(write.zone, write.zone, write.handle.write_durable, args, write.done, self._now)
+            self._jobs.setdefault(write.zone, {})[job] = job
+            self._writes[request.number] = job, write
+            begun[i] = True
+        return begun
+
+    def _written(self) -> None:
+        """The ring has completed something."""
+        assert self._ring is not None
+        for number, result in self._ring.completed():
+            job, write = self._writes.pop(number)
+            error: BaseException | None = None
+            try:
+                if not write.handle.end_durable(len(write.view), result) and not job.abandoned:
+                    self._hand_over(job, len(self._jobs[job.lane]))
+                    continue
+            except StoreError as caught:
+                error = caught
+            self._finished.append((job, None, error))
+        self._drain()
 
     def _put(self, job: _Job) -> None:
         if self._closed:
@@ -319,6 +385,9 @@ class ThreadExecutor:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self._ring is not None:
+                self._loop.remove_reader(self._ring.eventfd)
+                self._ring.close()
             for lane, queue in self._queues.items():
                 for _ in range(self._threads[lane]):
                     queue.put(None)

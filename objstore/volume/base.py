@@ -157,6 +157,10 @@ class Volume(Protocol):
         begun at the same number will do for a new one."""
         ...
 
+    def sync_soon(self) -> None:
+        """A flush is expected next: what it will have to do may begin. Promises nothing, never waits or raises."""
+        ...
+
     async def flush(self) -> None:
         """Return when everything acknowledged before this call, on any connection, is durable on every zone in service
         that holds it (mode `unsafe`: returns at once)."""

@@ -105,6 +105,9 @@ class FrozenVolume(Reading):
         """See Volume."""
         raise self._refuse()
 
+    def sync_soon(self) -> None:
+        """See Volume."""
+
     def flush_state(self) -> int:
         """See Volume: there is never anything to do."""
         return 0

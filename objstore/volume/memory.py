@@ -121,6 +121,9 @@ class MemoryVolume:
                 self._states[block] = _RESERVED
         self._clear(first_whole, end_whole, _RESERVED if no_hole else _HOLE)
 
+    def sync_soon(self) -> None:
+        """See Volume."""
+
     def flush_state(self) -> int:
         """Every flush is one of its own here, so that tests see it arrive."""
         self._flushes += 1

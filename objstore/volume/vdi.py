@@ -477,6 +477,11 @@ class Vdi(Reading):
             return 0
         return writer.position
 
+    def sync_soon(self) -> None:
+        """See Volume."""
+        if not self._unsafe and self._writer.error is None:
+            self._writer.request_sync()
+
     async def flush(self) -> None:
         """See Volume."""
         if self.closed is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from objstore.backend.base import Handle, Writer
 from objstore.errors import Busy, StoreError
-from objstore.replica.zone import Call, Closable, Done, give_back
+from objstore.replica.zone import Call, Closable, Done, Write, give_back
 from tests.support.sim_loop import SimLoop
 
 FAST_SECONDS = 20e-6
@@ -76,6 +76,10 @@ class SimExecutor:
     def submit_together(self, calls: Sequence[Call]) -> None:
         for call in calls:
             self.submit(*call)
+
+    def start_writes(self, writes: Sequence[Write]) -> list[bool]:
+        """None: the simulated file system has to see every call, and `submit_together` makes them one by one too."""
+        return [False] * len(writes)
 
     def _delay(self, zone: int) -> float:
         chance = self._rng.random()

@@ -14,7 +14,7 @@ from objstore.backend.base import Handle, Writer, ZoneFailed
 from objstore.backend.memory import MemoryBackend, MemoryHandle, MemoryStorage
 from objstore.errors import Busy, StoreError
 from objstore.log.env import Env
-from objstore.replica.zone import Call, Closable, Zone, give_back
+from objstore.replica.zone import Call, Closable, Write, Zone, give_back
 from objstore.units import KIB
 from objstore.volume.settings import StoreSettings
 from objstore.volume.store import Store, open_zones
@@ -92,6 +92,9 @@ class SteppingExecutor:
     def submit_together(self, calls: Sequence[Call]) -> None:
         for call in calls:
             self.submit(*call)
+
+    def start_writes(self, writes: Sequence[Write]) -> list[bool]:
+        return [False] * len(writes)
 
     def poll(self, now: float) -> None:
         self._now = now

@@ -301,6 +301,87 @@ async def test_reserved_zeros_survive_a_restart(world: World) -> None:
     await disk.check()
 
 
+# -- a flush that is expected -------------------------------------------------------------------------------------
+
+
+async def test_a_flush_joins_the_sync_that_was_begun_for_it(world: World) -> None:
+    disk = await ModelDisk(world).create()
+    await disk.write(2, 1)
+    await disk.vdi.flush()
+    await turns()
+    executor = executor_of(disk.vdi.disk.env)
+    for backend in world.backends:
+        backend.calls.clear()
+    executor.hold(0)
+    executor.hold(1)
+    await disk.write(0, 1)
+    disk.vdi.sync_soon()
+    disk.vdi.sync_soon()
+    flush = asyncio.create_task(disk.vdi.flush())
+    executor.release(0)
+    assert await waits_for_zones(disk.vdi, flush)
+    for backend in world.backends:
+        assert [call for call, _, _ in backend.calls] == ["write_durable"], "one sync for both"
+
+
+async def test_a_sync_that_was_begun_before_the_last_write_is_not_enough(world: World) -> None:
+    disk = await ModelDisk(world).create()
+    await disk.write(2, 1)
+    await disk.vdi.flush()
+    await turns()
+    executor = executor_of(disk.vdi.disk.env)
+    executor.hold(0)
+    executor.hold(1)
+    await disk.write(0, 1)
+    disk.vdi.sync_soon()
+    await disk.write(1, 1)
+    flush = asyncio.create_task(disk.vdi.flush())
+    executor.release(0)
+    await turns()
+    executor.step(1)
+    await turns()
+    assert disk.vdi.disk.writer.durable_upto < disk.vdi.disk.writer.position
+    assert await waits_for_zones(disk.vdi, flush)
+    assert disk.vdi.disk.writer.durable_upto == disk.vdi.disk.writer.position
+
+
+async def test_an_expected_flush_does_not_end_write_through(world: World) -> None:
+    vdi = await make(world, "writeback")
+    vdi.sync_soon()
+    await turns()
+    assert vdi.write_through
+
+
+async def test_what_a_failed_sync_leaves_is_told_by_the_flush(
+    world: World, expected_warnings: ExpectedWarnings
+) -> None:
+    for text in ("log stopped", "is put out", "can't be done without"):
+        expected_warnings.allow(text)
+    disk = await ModelDisk(world).create()
+    await disk.write(2, 1)
+    await disk.vdi.flush()
+    await turns()
+    await disk.write(0, 1)
+    for backend in world.backends:
+        backend.fault = failing("write_durable")
+    disk.vdi.sync_soon()
+    await turns()
+    for backend in world.backends:
+        backend.fault = None
+    disk.vdi.sync_soon()
+    with pytest.raises(Unavailable):
+        await disk.vdi.flush()
+
+
+async def test_nothing_is_begun_for_a_disk_whose_flush_does_nothing(world: World) -> None:
+    vdi = await make(world, "unsafe")
+    for backend in world.backends:
+        backend.calls.clear()
+    vdi.sync_soon()
+    await turns()
+    assert not world.backends[0].calls
+
+
 # -- the end --------------------------------------------------------------------------------------------------------
 
 
