@@ -79,8 +79,8 @@ class Lane:
 
     queue: records and seals not yet handed over, in log order. seals: taken from it, and waiting for the sync of their
     segments' records, all of which were taken before. unsynced: handed over and written, not covered by a sync. job:
-    what is under way. stopped: the zone failed and will be put out, or is full for the moment. gone: it is out of
-    service.
+    what is under way. stopped: the zone failed and will be put out, or is full for the moment. full: the last
+    job found no space; what the next one needs is no sign of slowness. gone: it is out of service.
     """
 
     def __init__(self, writer: LaneOwner, zone: int) -> None:
@@ -93,6 +93,7 @@ class Lane:
         self.job: Job | None = None
         self.stopped = False
         self.gone = False
+        self.full = False
         self.device = writer.env.zones[zone].device
 
     def pending(self) -> "list[Record | Seal]":
@@ -227,6 +228,7 @@ class Lane:
         """The job has ended; what gathered meanwhile is started by the caller."""
         self.busy = False
         self.job = None
+        self.full = isinstance(error, NoSpace)
         if self.gone:
             return
         if error is not None:

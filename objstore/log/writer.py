@@ -1188,7 +1188,7 @@ class LogWriter:
         while asked[0][0] <= self.durable_upto:
             asked.popleft()
         lane = self._lanes.get(zone)
-        if lane is None or lane.stopped:
+        if lane is None or lane.stopped or lane.full:
             return None
         oldest = lane.oldest_record()
         if oldest is None:

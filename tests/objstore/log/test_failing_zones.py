@@ -595,6 +595,41 @@ async def test_a_write_into_allocated_space_that_finds_none_is_made_again(
         assert membership.in_service == {0, 1}
 
 
+async def test_a_write_that_is_made_again_for_want_of_space_is_no_sign_of_slowness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Although it has been owed since before the first attempt, whatever moment the watch looks at."""
+    monkeypatch.setattr("objstore.log.lane.FULL_RETRY_SECONDS", 0.001)
+    env = make_env(2)
+    join(env)
+    async with writer_on(env, place=placed(env, 2)) as writer:
+        await written(writer, 1)
+        attempts = 0
+
+        def fault(called: str, name: str) -> None:
+            nonlocal attempts
+            if called == "write_durable" and attempts < 3:
+                attempts += 1
+                executor_of(env).hold(1)
+                raise NoSpace("the zone is full")
+
+        backend_of(env, 1).fault = fault
+        await put(writer, 2)
+        flush = asyncio.create_task(writer.flush())
+        seen = []
+        while attempts < 3:
+            await asyncio.sleep(0)
+            if executor_of(env).waiting(1):
+                if attempts:
+                    seen.append(writer.owed_since(1, 1.0 + attempts))
+                executor_of(env).release(1)
+        await asyncio.sleep(0)
+        executor_of(env).release(1)
+        await flush
+        assert seen
+        assert set(seen) == {None}
+
+
 async def test_a_seal_stays_behind_its_records_when_they_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few of them the next job takes."""
     monkeypatch.setattr("objstore.log.lane.FULL_RETRY_SECONDS", 0.01)
