@@ -104,15 +104,24 @@ class FlattenOperations(ChangeOperations):
         clean = keeper.number
         await keeper.checkpoint()
         await vdi.collector.round()  # what the counters still have to look up in shared pages
-        async with self._change:
-            entry = self._still_clone(begun)
-            self._check_snapshots(entry, clean)
-            base = self.catalog.state.snapshots[entry.base]
-            await self.catalog.commit(replace(entry, base=0))
+        try:
+            async with self._change:
+                entry = self._still_clone(begun)
+                self._check_snapshots(entry, clean)
+                await self.catalog.commit(replace(entry, base=0))
+        finally:
+            now = self.catalog.state.vdis.get(begun.vdi_id)
+            if now is not None and now.log == begun.log and not now.base:
+                # Also where nobody knows yet whether the record is durable: whatever is committed next is behind it.
+                await self._let_go(begun, vdi)
+
+    async def _let_go(self, clone: VdiEntry, vdi: Vdi) -> None:
+        """A clone needs the snapshot no more that it was of: nor does anything keep that for it."""
         vdi.disk.base_root = None
         await vdi.reads_over()
-        await self._leave_parent(entry.vdi_id)
-        if base.hidden:
+        await self._leave_parent(clone.vdi_id)
+        base = self.catalog.state.snapshots.get(clone.base)
+        if base is not None and base.hidden:
             self._begin(self._drop_hidden(base.snapshot_id))
 
 

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from objstore.errors import Busy, InvalidRequest, NotFound, StoreError
+from objstore.errors import Busy, InvalidRequest, NotFound, StoreError, Unavailable
+from objstore.format.catalog import Entry, VdiEntry
 from objstore.log.root import own
 from objstore.units import BLOCK_BYTES, MIB
 from objstore.volume.status import JobStatus
@@ -132,7 +133,8 @@ async def test_a_write_between_looking_and_copying_is_kept(world: World) -> None
     assert await get(clone, 0, SIZE) == model
 
 
-async def test_cut_off_anywhere_it_can_be_repeated(world: World) -> None:
+async def test_cut_off_anywhere_it_can_be_repeated(world: World, expected_warnings: ExpectedWarnings) -> None:
+    expected_warnings.allow("not closed in good order")  # the process dies while the parent is being closed
     model = await prepared(world, size=2 * MIB)
     store = store_of(world)
     seen = []
@@ -309,6 +311,32 @@ async def test_the_checkpoint_to_fall_back_on_needs_nobody_either(
     names = {name for zone in range(3) for name in world.names(zone, f"checkpoint/{log:06x}")}
     newest = max(names)
     world.damage(newest, 20, zones=[zone for zone in range(3) if newest in world.names(zone, newest)])
+    await world.open()
+    assert await whole(world, "clone") == model
+
+
+async def test_nobody_knows_whether_the_record_is_durable(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clone needs nobody, and what it needed may go: that record is behind the one in doubt."""
+    model = await prepared(world)
+    store = store_of(world)
+    clone = await attach(world, "clone")
+    commit = store.catalog.commit
+
+    async def in_doubt(*entries: Entry) -> None:
+        await commit(*entries)
+        if any(isinstance(entry, VdiEntry) for entry in entries):
+            raise Unavailable("who knows")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.catalog, "commit", in_doubt)
+        ended = await flattened(world, "clone")
+    assert (ended.state, ended.message) == ("failed", "who knows")
+    await store.delete_snapshot("disk@s")
+    await store.delete_vdi("disk")
+    await segments_of(world, 1)
+    assert await get(clone, 0, SIZE) == model
+    await clone.flush()
+    await world.kill()
     await world.open()
     assert await whole(world, "clone") == model
 
