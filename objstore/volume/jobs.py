@@ -157,7 +157,8 @@ class Jobs:
 
     async def abort(self, job_id: int) -> JobStatus:
         """Make it end at its next step, and wait for that. NotFound; InvalidRequest: it does not run."""
-        if job_id not in self._running:
+        # One that has ended may still be recording it.
+        if job_id not in self._running or self._entries[job_id].state != "running":
             raise InvalidRequest(f"job {job_id} does not run: it is {self.get(job_id).state}")
         self._abort.add(job_id)
         return await self.wait(job_id)
