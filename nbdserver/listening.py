@@ -94,10 +94,9 @@ class Listening:
     def take(self, sock: socket.socket) -> None:
         """Go on with a socket that listens already; its file, if it has one, is somebody else's. ValueError: it is no
         stream socket that listens at an address of a kind that we know."""
-        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ValueError("it is not a stream socket that listens")
+        listener = address_of(sock)
         sock.setblocking(False)
-        self.sockets.append((sock, _address_of(sock)))
+        self.sockets.append((sock, listener))
 
     def close(self) -> None:
         """Stop listening, and remove the socket files that are still the ones made here. Idempotent."""
@@ -111,7 +110,10 @@ class Listening:
         self._paths.clear()
 
 
-def _address_of(sock: socket.socket) -> Listener:
+def address_of(sock: socket.socket) -> Listener:
+    """Where a socket listens. ValueError: it is no stream socket that listens at an address of a kind that we know."""
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ValueError("it is not a stream socket that listens")
     address = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         path = os.fsdecode(address)

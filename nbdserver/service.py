@@ -34,7 +34,7 @@ from nbdserver.control_server import ServerOperations
 from nbdserver.flusher import lock_memory, mark_as_flusher
 from nbdserver.handshake import TlsMode
 from nbdserver.heartbeat import Heartbeat, Progress
-from nbdserver.listening import Listener
+from nbdserver.listening import Listener, address_of
 from nbdserver.logs import FORMATS
 from nbdserver.runtime import NBD_ADDRESS, NBD_SOCKET, control_path, make_runtime_directory, runtime_directory
 from nbdserver.server import Server, ServerSettings
@@ -343,9 +343,16 @@ def places(plan: ServePlan, handed: Sequence[HandedSocket] = ()) -> Places:
         make_runtime_directory(directory)
     defaults = () if nbd else (f"unix://{quote(os.fspath(directory / NBD_SOCKET))}", NBD_ADDRESS)
     listeners = [_listener(text) for text in plan.listen or defaults]
-    for listener in filter(exposed, listeners):
+    for listener in filter(exposed, [*listeners, *map(_handed_listener, handed)]):
         _warn_of_exposure(listener, plan.tls)
     return Places(listeners, control or control_path(directory, plan.zones[0]), nbd, control_socket)
+
+
+def _handed_listener(handed: HandedSocket) -> Listener:
+    try:
+        return address_of(handed.socket)
+    except ValueError as error:
+        raise InvalidRequest(f"socket {handed.name or 'without a name'} that was handed over: {error}") from error
 
 
 def _warn_of_exposure(listener: Listener, tls: TlsSettings) -> None:

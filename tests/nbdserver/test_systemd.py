@@ -10,6 +10,7 @@ import pytest
 from nbdserver.service import ServePlan, places
 from nbdserver.systemd import HandedSocket, handed_sockets, notify, watchdog_seconds
 from objstore.errors import InvalidRequest
+from tests.conftest import ExpectedWarnings
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -95,3 +96,22 @@ def test_handed_sockets_take_the_place_of_the_default_listeners(tmp_path: Path) 
 def test_a_control_socket_has_a_path(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as control, pytest.raises(InvalidRequest, match="no Unix socket"):
         places(ServePlan(zones=[tmp_path]), [HandedSocket("control", control)])
+
+
+def test_a_handed_socket_that_other_hosts_reach_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, expected_warnings: ExpectedWarnings
+) -> None:
+    expected_warnings.allow(r"tcp://0\.0\.0\.0.* has no TLS")
+    with socket.create_server(("0.0.0.0", 0)) as open_to_all, listening(tmp_path / "nbd") as local:
+        places(ServePlan(zones=[tmp_path], control=tmp_path / "c"), [HandedSocket("nbd", local)])
+        assert not caplog.records
+        places(ServePlan(zones=[tmp_path], control=tmp_path / "c"), [HandedSocket("nbd", open_to_all)])
+        assert "no TLS" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["nbd", "control"])
+def test_a_handed_socket_that_does_not_listen_is_named(tmp_path: Path, name: str) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "nbd"))
+        with pytest.raises(InvalidRequest, match=f"socket {name} that was handed over"):
+            places(ServePlan(zones=[tmp_path], control=None), [HandedSocket(name, silent)])
