@@ -67,16 +67,19 @@ class _Made:
         """Whoever copies learns of it from the calls."""
 
 
-async def copy_end(disk: Disk) -> Copied:
+async def copy_end(disk: Disk) -> Copied | None:
     """Append again what the writer of this disk, which takes nothing new, can't make durable where it lies.
 
-    StoreError: that can't be done just now; everything is as it was. Reads go on meanwhile, from the old end.
+    None: what was under way has become durable and sealed after all. StoreError: that can't be done just now;
+    everything is as it was. Reads go on meanwhile, from the old end.
     """
     env, writer = disk.env, disk.writer
     assert writer.waits_for_takeover
     await writer.halt()
     for _ in iter(disk.apply_more, False):
         await asyncio.sleep(0)
+    if not writer.unsealed:
+        return None
     first = min(writer.unsealed)
     position, previous_crc = writer.starts[first]
     former = [disk.segments[number] for number in sorted(disk.segments) if number >= first]

@@ -1111,6 +1111,19 @@ class LogWriter:
         self.halted = False
         start_jobs(self._lanes.values())
 
+    def go_on(self) -> None:
+        """There need not be a takeover: everything is durable and sealed. New segments go to zones in service."""
+        assert not self.unsealed
+        assert self.durable_upto == self.position
+        self._lost.clear()
+        self._asked.clear()
+        self._join_account()
+        self._let_down_by_failing = self.waits_for_takeover = False
+        self.short = None
+        self._stop_short_timer()
+        self.resume()
+        self._wake_room()
+
     def image(self, segment: Segment) -> bytes:
         """A segment as far as it is in memory, because it is not durable."""
         kept = [record for record in self._undurable if record.waiting and record.segment is segment]

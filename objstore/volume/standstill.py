@@ -67,6 +67,10 @@ class Standstill:
     async def _help(self) -> None:
         env, disk = self._env, self._disk
         copied = await copy_end(disk)
+        if copied is None:
+            disk.writer.go_on()
+            self._gone_on()
+            return
         try:
             counts = await self._commit(copied)
         except StoreError as error:

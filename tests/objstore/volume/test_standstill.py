@@ -244,6 +244,29 @@ async def test_one_copy_of_which_nothing_was_durable_yet(worlds: list[World]) ->
     await disk.check()
 
 
+async def test_what_became_durable_and_sealed_meanwhile_need_not_be_appended_again(worlds: list[World]) -> None:
+    world = await started(worlds, 3)
+    disk = await ModelDisk(world).create(copies=2)
+    await flushed(disk, 1, 2)
+    writer = disk.vdi.disk.writer
+    executor_of(disk.vdi.disk.env).hold(0, 1, 2)
+    writer.finish_segment()
+    writer.request_sync()
+    await turns()
+    assert writer.unsealed, "its seals are being written"
+    writer._stand_still()
+    await turns()
+    assert writer.waits_for_takeover
+    executor_of(disk.vdi.disk.env).release(0, 1, 2)
+    await eventually(lambda: not writer.waits_for_takeover)
+    await flushed(disk, 2, 3)
+    await disk.check()
+    assert writer.error is None
+    await world.kill()
+    await world.open()
+    await disk.check()
+
+
 async def test_zones_that_fail_together_and_work_again(worlds: list[World], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three at once: no epoch can follow until one of them takes it."""
     monkeypatch.setattr("objstore.log.env.PUT_OUT_AGAIN_SECONDS", 0.02)
