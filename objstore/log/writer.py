@@ -882,7 +882,10 @@ class LogWriter:
             if item.waiting:
                 continue
             if isinstance(item, Seal):
-                self._seal_durable(item.segment)
+                if any(record.waiting and record.segment is item.segment for record in self._undurable):
+                    item.waiting = 1  # its zones are too few for its records, which are to be appended again
+                else:
+                    self._seal_durable(item.segment)
             elif self._enough(item):
                 self._record_durable(item)
             else:

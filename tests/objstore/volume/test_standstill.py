@@ -244,6 +244,29 @@ async def test_one_copy_of_which_nothing_was_durable_yet(worlds: list[World]) ->
     await disk.check()
 
 
+async def test_a_sealed_segment_on_too_few_zones_is_appended_again(worlds: list[World]) -> None:
+    world = await started(worlds, 5)
+    disk = await ModelDisk(world).create(copies=5)
+    await flushed(disk, 1)
+    writer = disk.vdi.disk.writer
+    break_zones(world, 1, 2)
+    await disk.write(2, 5)
+    writer.finish_segment()
+    flush = asyncio.create_task(disk.vdi.flush())
+    await turns(500)
+    assert writer.waits_for_takeover
+    assert writer.unsealed, "the zones that are left have all of it, and its seal, but they are too few"
+    assert not flush.done()
+    world.backends[1].fault = lambda call, name: None
+    await bring_back(world, 1)
+    await flush
+    await flushed(disk, 9)
+    await disk.check()
+    assert writer.error is None
+    await disk.reopen(clean=False)
+    await disk.check()
+
+
 async def test_what_became_durable_and_sealed_meanwhile_need_not_be_appended_again(worlds: list[World]) -> None:
     world = await started(worlds, 3)
     disk = await ModelDisk(world).create(copies=2)
