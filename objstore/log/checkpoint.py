@@ -132,11 +132,23 @@ class Found(NamedTuple):
 
 
 async def newest_checkpoint(
-    env: Env, log: int, expected: int, ended: range, zones: CheckpointZones, listings: dict[int, list[Entry]]
+    env: Env,
+    log: int,
+    expected: int,
+    ended: range,
+    zones: CheckpointZones,
+    listings: dict[int, list[Entry]],
+    *,
+    copies: int | None,
+    force: bool = False,
 ) -> Found:
     """Read the newest whole checkpoint from any zone.
 
     expected: the number that the head names; Corrupt if neither it, nor a newer one, nor the one before can be read.
+    Unavailable: zones are missing that may have them. An older one that is left, whose pages are needed or which is a
+    snapshot's, looks as the one before would then, and the log behind it is not whole any more. So while zones are
+    missing the one before is taken only where a damaged copy of `expected` is here, and they are fewer than `copies`
+    (None = all). force: always.
     ended: numbers that don't count: runs that ended before the head left them in single zones.
     listings: the log's checkpoint folder in each zone that answers. zones: is told what was found. A checkpoint newer
     than the head that a zone of its placement lacks may have been cut off by a crash: that zone gets its copy now,
@@ -154,6 +166,7 @@ async def newest_checkpoint(
     for number, where in seen.items():
         zones.found(number, where)
     failed: ZoneFailed | None = None
+    answering = set(listings)
     seen = {number: where for number, where in seen.items() if number not in ended}
     for number in sorted(seen, reverse=True):
         for z in list(seen[number]):
@@ -164,8 +177,12 @@ async def newest_checkpoint(
                 continue
             except ZoneFailed as error:
                 failed = error
+                answering.discard(z)
                 env.zone_failing(z, error)
                 continue
+            absent = len(env.zones) - len(answering)
+            if number < expected and not force and (expected not in seen or copies is None or absent >= copies):
+                _none_missing(env, log, answering)
             if number < max(seen):
                 logger.error(
                     "checkpoint %d can't be read from any zone: the one before it, %d, and what was written since serve"
@@ -182,14 +199,17 @@ async def newest_checkpoint(
     if failed is not None:
         raise failed
     if seen or expected:
-        absent = [zone for zone in env.zones if zone.index not in listings]
-        if absent:
-            raise Unavailable(
-                f"no checkpoint of log {log} can be read, and zones are missing: "
-                f"{', '.join(repr(zone) for zone in absent)}"
-            )
+        _none_missing(env, log, answering)
         raise Corrupt(f"no checkpoint can be read log={log} expected={expected} found={sorted(seen)}")
     return Found(None, sizes)
+
+
+def _none_missing(env: Env, log: int, answering: set[int]) -> None:
+    """Unavailable: some zone doesn't answer, which may have the newest checkpoints."""
+    absent = [zone for zone in env.zones if zone.index not in answering]
+    if absent:
+        names = ", ".join(repr(zone) for zone in absent)
+        raise Unavailable(f"the newest checkpoint of log {log} can't be read, and zones are missing: {names}")
 
 
 async def find_checkpoint(env: Env, log: int, number: int, zones: CheckpointZones) -> Loaded | None:

@@ -169,7 +169,9 @@ async def open_disk(
     if not force:
         believe(trust, head)  # which goes for the checkpoints too
     ended = range(head.base_checkpoint + 1, head.first_checkpoint)
-    loaded, sizes = await newest_checkpoint(env, log, head.checkpoint, ended, zones, listings)
+    loaded, sizes = await newest_checkpoint(
+        env, log, head.checkpoint, ended, zones, listings, copies=head.copies, force=force
+    )
     base = Base(0, 0, 0)
     root = Root() if base_root is None else base_root
     if loaded is not None:

@@ -335,6 +335,40 @@ async def test_the_checkpoints_of_a_zone_that_is_away_are_missed_by_name() -> No
     await world.kill()
 
 
+async def test_an_old_checkpoint_is_not_taken_for_the_one_before_while_a_zone_is_away() -> None:
+    """It stays because a map has pages in it; the zone that is away has both of those that were newest."""
+    world = World(4)
+    await world.open(create=True)
+    disk = await ModelDisk(world, blocks=4096).create(copies=1)
+    for block in range(0, disk.blocks, 12):
+        await disk.write(block)
+    await disk.vdi.keeper.checkpoint()
+    oldest = disk.checkpoints[-1]
+    for _ in range(3):
+        await disk.write(0, 1)
+        await disk.vdi.keeper.checkpoint()
+    assert len(disk.checkpoints) == 3
+    assert disk.checkpoints[0] == oldest
+    await disk.vdi.flush()
+    await world.stop()
+    (holder,) = (z for z in range(4) if world.names(z, "checkpoint/"))
+    other = (holder + 1) % 4
+    away = world.storages[holder].objects
+    moved = [oldest, *world.names(holder, "log/000001/")]
+    for name in moved:
+        world.storages[other].objects[name] = away.pop(name)
+    await world.open(here=[z for z in range(4) if z != holder])
+    with pytest.raises(Unavailable, match=f"newest checkpoint.*zone{holder}"):
+        await disk.open()
+    await world.stop()
+    for name in moved:
+        away[name] = world.storages[other].objects.pop(name)
+    await world.open()
+    await disk.open()
+    await disk.check()
+    await world.kill()
+
+
 async def test_a_store_that_was_never_opened_needs_all_its_zones(expected_warnings: ExpectedWarnings) -> None:
     expected_warnings.allow("can't be written")
     fresh = World(3)
