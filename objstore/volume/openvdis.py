@@ -16,6 +16,7 @@ from objstore.log.root import Root, of_clone
 from objstore.log.takeover import Copied
 from objstore.volume.base import Holder, Volume
 from objstore.volume.damaged import DamageLists
+from objstore.volume.deleting import BeingDeleted, Deleting
 from objstore.volume.frozen import FrozenVolume, open_snapshot, snapshot_root
 from objstore.volume.opening import FrozenAt, close_disk, drop_garbage, open_disk, rows_of, tail_rows
 from objstore.volume.standstill import Standstill
@@ -44,7 +45,7 @@ class OpenVdis:
         self._failed: dict[int, str] = {}
         self._damage = DamageLists(self.catalog, self.env.loop)
         """By log; it outlives the closing of a VDI."""
-        self._deleting: set[int] = set()
+        self._deleting = Deleting()
         self._stopping = False
         self._unused: dict[int, asyncio.Future[None]] = {}
         self._change = asyncio.Lock()
@@ -151,11 +152,10 @@ class OpenVdis:
         key = entry.snapshot_id
         stack = AsyncExitStack()
         try:
-            owner = self.catalog.state.vdis[self.catalog.state.owners[entry.log]]
-            if owner.vdi_id in self._deleting:
-                async with self._change:  # behind which it is hidden, since it has a snapshot
-                    pass
-            vdi = await stack.enter_async_context(self.using(owner))
+            async with self._change:  # whoever wants to delete it and comes later sees that it is being opened
+                if key not in self.catalog.state.snapshots:
+                    raise NotFound("the snapshot was deleted")
+            vdi = await self._use_owner(stack, entry.log)
             entry = self.catalog.state.snapshots[key]  # opening the log may have given its map another number
             await vdi.keeper.snapshot_written(entry.checkpoint)
             volume = await open_snapshot(self.env, vdi.disk, self.snapshot_name(entry), entry)
@@ -195,7 +195,7 @@ class OpenVdis:
     def _open_preallocated(self) -> None:
         """Open every preallocated VDI in the background: only then its share of the space is known."""
         for entry in self.catalog.state.vdis.values():
-            known = self._open.keys() | self._opening.keys() | self._failed.keys() | self._deleting
+            known = self._open.keys() | self._opening.keys() | self._failed.keys() | set(self._deleting)
             if entry.prealloc and entry.vdi_id not in known:
                 self._begin_opening(entry)
 
@@ -238,18 +238,38 @@ class OpenVdis:
     @asynccontextmanager
     async def using(self, entry: VdiEntry) -> AsyncIterator[Vdi]:
         """The VDI, open, for work of the store's own; its deletion waits for the end of it. If nobody had it open
-        before and nobody has then, it is closed again. NotFound: it is being deleted."""
+        before and nobody has then, it is closed again. BeingDeleted."""
         if entry.vdi_id in self._deleting:
-            raise NotFound(f"VDI {entry.name!r} is being deleted")
+            raise BeingDeleted(f"VDI {entry.name!r} is being deleted")
         was_open = entry.vdi_id in self._open or entry.vdi_id in self._opening
         vdi = await self._vdi(entry)
         with self.holding(vdi.disk.log) as held:
             if held is None:
-                raise NotFound(f"VDI {entry.name!r} is being deleted")
+                raise BeingDeleted(f"VDI {entry.name!r} is being deleted")
             yield vdi
         if not (was_open or vdi.attached or vdi.users or vdi.prealloc or self._stopping or self.leaving(vdi.vdi_id)):
             task = self._closing[vdi.vdi_id] = self.env.loop.create_task(self._close_vdi(vdi))
             await asyncio.shield(task)
+
+    async def _use_owner(self, stack: AsyncExitStack, log_number: int, clone: VdiEntry | None = None) -> Vdi:
+        """Keep the VDI open in whose log a snapshot is that can't be deleted meanwhile. If the VDI is just being
+        deleted, it is known only at the end of that whether it stays, hidden: wait for it. BeingDeleted: so is the
+        clone for which it is opened, and whoever deletes both waits for the clone."""
+        state = self.catalog.state
+        while True:
+            owner = state.vdis[state.owners[log_number]]
+            if owner.vdi_id in self._deleting:
+                if clone is not None and clone.vdi_id in self._deleting:
+                    raise BeingDeleted(f"VDI {clone.name!r} is being deleted")
+                await self._deleting.change()
+                continue
+            try:
+                vdi = await stack.enter_async_context(self.using(owner))
+            except BeingDeleted:  # that began while its log was opened
+                continue
+            if vdi.disk.log == log_number:
+                return vdi
+            await stack.aclose()  # it was rolled back: its log is another VDI's now
 
     @contextmanager
     def holding(self, log_number: int) -> Iterator[Vdi | None]:
@@ -360,8 +380,7 @@ class OpenVdis:
         """Keep the VDI open that this one is a clone of, until `_leave_parent`; what the clone's map begins with."""
         state = self.catalog.state
         stack = self._parents[entry.vdi_id] = AsyncExitStack()
-        owner = state.vdis[state.owners[state.snapshots[entry.base].log]]
-        vdi = await stack.enter_async_context(self.using(owner))
+        vdi = await self._use_owner(stack, state.snapshots[entry.base].log, entry)
         base = state.snapshots[entry.base]  # opening its log may have given its map another number
         await vdi.keeper.snapshot_written(base.checkpoint)
         return of_clone(await snapshot_root(self.env, vdi.disk, self.snapshot_name(base), base), base.log)

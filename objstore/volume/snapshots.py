@@ -299,13 +299,13 @@ class SnapshotOperations(OpenVdis):
                         return
                     removal = Removal(self, vdis, snapshots)
                     closing.update(vdis)
-                    self._deleting |= closing
+                    self._deleting.begin(closing)
                     if all(self._is_idle(vdi, removal.vdis) for vdi in removal.vdis):
                         await self.catalog.commit(*removal.entries)
                         break
                 await self._until_idle(removal.vdis)
         finally:
-            self._deleting -= closing
+            self._deleting.end(closing)
         self._removed(removal)
 
     def _left_over(self, vdis: set[int], snapshots: set[int]) -> tuple[set[int], set[int]]:
@@ -397,7 +397,8 @@ class SnapshotOperations(OpenVdis):
         return sum(c.vdi_id in self._parents and state.snapshots[c.base].log == entry.log for c in clones if c.base)
 
     async def _until_idle(self, entries: Collection[VdiEntry]) -> None:
-        """Wait until that may be true of all of them; who comes later is refused, since they are in `_deleting`."""
+        """Wait until that may be true of all of them; who comes later is refused or
+        waits, since they are in `_deleting`."""
         for entry in entries:
             while not self._is_idle(entry, entries):
                 under_way = self._opening.get(entry.vdi_id) or self._closing.get(entry.vdi_id)

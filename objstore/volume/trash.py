@@ -50,7 +50,7 @@ class TrashOperations(FlattenOperations):
         vdi = self._open.get(entry.vdi_id)
         if vdi is not None and vdi.attached:
             raise Busy(f"VDI {name!r} is attached by {vdi.attached} connections")
-        self._deleting.add(entry.vdi_id)
+        self._deleting.begin({entry.vdi_id})
         await self._own(self._throw_away(entry) if self.env.settings.trash_days else self._delete(entry))
 
     async def _delete(self, entry: VdiEntry) -> None:
@@ -67,14 +67,14 @@ class TrashOperations(FlattenOperations):
                         break
                     removal = Removal(self, *self._left_over({entry.vdi_id}, set()))
                     closing.update(vdi.vdi_id for vdi in removal.vdis)
-                    self._deleting |= closing
+                    self._deleting.begin(closing)
                     if all(self._is_idle(vdi, removal.vdis) for vdi in removal.vdis):
                         await self.catalog.commit(*removal.entries)
                         break
                 await self._until_idle(removal.vdis)
                 removal = None
         finally:
-            self._deleting -= closing
+            self._deleting.end(closing)
         if removal is not None:
             self._removed(removal)
             return
@@ -93,7 +93,7 @@ class TrashOperations(FlattenOperations):
                 kept = TrashEntry(vdi_id=now.vdi_id, deleted=wall, kept_until=until)
                 await self.catalog.commit(kept, replace(now, hidden=True, prealloc=False))
         finally:
-            self._deleting.discard(entry.vdi_id)
+            self._deleting.end({entry.vdi_id})
         vdi = self._open.get(entry.vdi_id)
         if vdi is not None:
             vdi.prealloc = False
@@ -157,7 +157,7 @@ class TrashOperations(FlattenOperations):
         NotFound."""
         self._check_open()
         entry = self._find_trashed(name, vdi_id)
-        self._deleting.add(entry.vdi_id)
+        self._deleting.begin({entry.vdi_id})
         await self._own(self._purge_trashed(entry))
 
     async def _purge_trashed(self, entry: VdiEntry) -> None:
@@ -212,7 +212,7 @@ class TrashOperations(FlattenOperations):
         wall = self.env.clock.wall()
         for entry in self._trashed():
             if self.catalog.state.trash[entry.vdi_id].kept_until <= wall:
-                self._deleting.add(entry.vdi_id)
+                self._deleting.begin({entry.vdi_id})
                 self._begin(self._expire(entry))
         left = [self.catalog.state.trash[entry.vdi_id].kept_until - wall for entry in self._trashed()]
         if left:

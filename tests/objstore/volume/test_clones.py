@@ -1,5 +1,6 @@
 """Clones through the store: what they show and share, at any depth, and what may be deleted when."""
 
+import asyncio
 import itertools
 import random
 
@@ -188,6 +189,74 @@ async def test_a_clone_of_a_live_disk(world: World) -> None:
         assert await segments_of(world, log) == 0
     assert not store.catalog.state.snapshots
     assert not store.catalog.state.vdis
+
+
+async def test_a_clone_is_opened_while_its_parent_is_being_deleted(world: World) -> None:
+    """Before it is known whether the parent stays, hidden; the clone's own deletion waits for the opening."""
+    store = store_of(world)
+    vdi = await make(world, size=2 * MIB)
+    await put(vdi, 0, pattern(1, 2 * MIB))
+    await store.clone("disk", "clone")
+    await store.close(vdi)
+    async with store._change:
+        deletion = asyncio.ensure_future(store.delete_vdi("disk"))
+        await turns()
+        opening = asyncio.ensure_future(store.open("clone"))
+        await turns()
+        other = asyncio.ensure_future(store.delete_vdi("clone"))
+        await turns()
+        assert not opening.done()
+        assert not other.done()
+    await deletion
+    await store.close(await opening)
+    await asyncio.gather(other, return_exceptions=True)
+    assert "disk" not in store.names()
+    assert await whole(world, "clone") == pattern(1, 2 * MIB)
+
+
+async def test_a_clone_is_opened_while_the_opening_of_its_parent_is_waited_for_to_delete_it(world: World) -> None:
+    vdi = await make(world, size=2 * MIB)
+    await put(vdi, 0, pattern(1, 2 * MIB))
+    await store_of(world).clone("disk", "clone")
+    await world.stop()
+    store = await world.open()
+    parent = store._begin_opening(store._entry("disk"))
+    deletion = asyncio.ensure_future(store.delete_vdi("disk"))
+    await asyncio.sleep(0)
+    clone = asyncio.ensure_future(store.open("clone"))
+    await asyncio.gather(parent, deletion)
+    await store.close(await clone)
+    assert store.names() == ["clone"]
+    assert await whole(world, "clone") == pattern(1, 2 * MIB)
+
+
+async def test_a_clone_that_is_deleted_with_its_parent_does_not_wait_for_that(world: World) -> None:
+    """Whoever deletes both waits for the clone's opening."""
+    store = store_of(world)
+    vdi = await make(world, size=2 * MIB)
+    await store.clone("disk", "clone")
+    await store.close(vdi)
+    ids = {store.vdi(name).vdi_id for name in ("disk", "clone")}
+    store._deleting.begin({vdi.vdi_id})
+    opening = asyncio.ensure_future(store.open("clone"))
+    await turns()
+    assert not opening.done()
+    store._deleting.begin(ids)
+    with pytest.raises(NotFound, match="'clone' is being deleted"):
+        await opening
+    store._deleting.end(ids)
+    await store.close(await store.open("clone"))
+
+
+async def test_a_snapshot_is_opened_while_its_vdi_begins_to_be_deleted(world: World) -> None:
+    vdi = await make(world, size=2 * MIB)
+    await put(vdi, 0, pattern(1, 2 * MIB))
+    store = store_of(world)
+    await store.create_snapshot("disk", "s")
+    await store.close(vdi)
+    volume, _ = await asyncio.gather(store.open("disk@s"), store.delete_vdi("disk"))
+    await store.close(volume)
+    assert await whole(world, "disk@s") == pattern(1, 2 * MIB)
 
 
 async def test_a_hidden_snapshot_that_a_crash_left_goes_at_the_next_start(world: World) -> None:
