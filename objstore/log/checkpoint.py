@@ -31,7 +31,7 @@ from objstore.log.blockmap import PageRef
 from objstore.log.env import Env
 from objstore.log.root import LOG_SHIFT
 from objstore.names import object_number
-from objstore.replica.zone import run, run_long
+from objstore.replica.zone import Zone, run, run_long
 from objstore.units import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ async def newest_checkpoint(
                 answering.discard(z)
                 env.zone_failing(z, error)
                 continue
-            absent = len(env.zones) - len(answering)
+            absent = len(_missing(env, answering))
             if number < expected and not force and (expected not in seen or copies is None or absent >= copies):
                 _none_missing(env, log, answering)
             if number < max(seen):
@@ -204,9 +204,14 @@ async def newest_checkpoint(
     return Found(None, sizes)
 
 
+def _missing(env: Env, answering: set[int]) -> list[Zone]:
+    """The zones of the store that don't answer. Those that were removed from it only keep their number."""
+    return [zone for zone in env.zones if zone.index not in answering and any(zone.zone_id)]
+
+
 def _none_missing(env: Env, log: int, answering: set[int]) -> None:
     """Unavailable: some zone doesn't answer, which may have the newest checkpoints."""
-    absent = [zone for zone in env.zones if zone.index not in answering]
+    absent = _missing(env, answering)
     if absent:
         names = ", ".join(repr(zone) for zone in absent)
         raise Unavailable(f"the newest checkpoint of log {log} can't be read, and zones are missing: {names}")

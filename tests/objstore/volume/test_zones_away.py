@@ -369,6 +369,33 @@ async def test_an_old_checkpoint_is_not_taken_for_the_one_before_while_a_zone_is
     await world.kill()
 
 
+async def test_a_zone_that_was_removed_is_not_missed(expected_warnings: ExpectedWarnings) -> None:
+    for text in ("checkpoint", "out of service"):
+        expected_warnings.allow(text)
+    world = World(4)
+    await world.open(create=True)
+    assert world.store is not None
+    disk = await ModelDisk(world).create(copies=1)
+    await disk.write(1, 5)
+    await disk.vdi.keeper.checkpoint()
+    (holder,) = (z for z in range(4) if world.names(z, "checkpoint/"))
+    removed = (holder + 1) % 4
+    await world.store.change_zones("drain", f"zone{removed}")
+    await world.store.recovery.settled()
+    await world.store.change_zones("remove", f"zone{removed}")
+    await disk.write(3, 5)
+    await disk.vdi.flush()
+    await world.stop()
+    for z in range(4):
+        for name in world.names(z, "checkpoint/")[-1:]:
+            damaged = world.storages[z].objects[name]
+            damaged[:] = bytes(len(damaged))
+    await world.open(here=[z for z in range(4) if z != removed])
+    await disk.open()
+    await disk.check()
+    await world.kill()
+
+
 async def test_a_store_that_was_never_opened_needs_all_its_zones(expected_warnings: ExpectedWarnings) -> None:
     expected_warnings.allow("can't be written")
     fresh = World(3)
