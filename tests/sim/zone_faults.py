@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KINDS: Final = ("eio", "hang", "lie", "missing", "backup", "wiped")
 IMAGES_MAX: Final = 3
 REFUSALS_MAX: Final = 2
+NEEDED_HANG_SECONDS: Final = 300.0
 
 
 class ZoneFaults:
@@ -87,6 +88,11 @@ class ZoneFaults:
             self.world.zones[self.zone].wipe(f"/zone{self.zone}")
             self.met("foreign")
             return
+        if f"zones are missing: /zone{self.zone}; a store is first opened" in str(error) and not self.absent:
+            # A zone that lied has lost its superblock; nothing was ever kept in this store.
+            self.world.zones[self.zone].wipe(f"/zone{self.zone}")
+            self.met("refused")
+            return
         if not self.absent and not self._alone:
             raise error
         self.met("refused")
@@ -114,10 +120,10 @@ class ZoneFaults:
             # Where one device carries all zones they all hang, and nobody can do without them.
             shared = len({fs.device for fs in world.zones}) == 1
             longest = rng.choice((1.0, 4.0, 8.0, 8.0 if shared else 0.0))
-            if longest:
-                await asyncio.sleep(rng.random() * longest)
-                executor.release(self.zone)
-                self.met("hang-ended")
+            # A zone with what no other has enough copies of is not put out, and everybody waits for it: it comes back.
+            await asyncio.sleep(rng.random() * longest if longest else NEEDED_HANG_SECONDS)
+            executor.release(self.zone)
+            self.met("hang-ended")
 
     def met(self, what: str) -> None:
         self.world.faults[f"zone-{what}"] += 1
