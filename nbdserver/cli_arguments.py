@@ -178,7 +178,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="serve clients that show no certificate too: encrypted, but open to everyone",
     )
     parser.add_argument(
-        "--tls-psk", metavar="FILE", type=_argument(_path), help="file of pre-shared keys; needs Python 3.13"
+        "--tls-psk",
+        metavar="FILE",
+        type=_argument(_path),
+        help="file of pre-shared keys; refused so far, with the reason",
     )
     parser.add_argument("--default", metavar="NAME", help="VDI that clients get who name none")
     parser.add_argument(
