@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 import objstore.volume.openvdis
+import objstore.volume.snapshots
 from objstore.format.catalog import VdiEntry
 from objstore.log.disk import Disk
 from objstore.log.holds import Holds
@@ -15,6 +17,7 @@ from objstore.units import BLOCK_BYTES
 from objstore.volume.base import always
 from objstore.volume.flatten import FlattenOperations
 from objstore.volume.opening import FrozenAt
+from objstore.volume.together import Frozen
 from objstore.volume.vdi import Vdi
 from tests.sim.bugs_writing import nothing, patch
 
@@ -30,18 +33,23 @@ def _none_needed(self: Holds, numbers: Any) -> set[int]:
     return set()
 
 
-async def _without_turn(self: Vdi) -> tuple[int, int]:
+async def _without_turns(vdis: Sequence[Frozen]) -> list[tuple[int, int]]:
     """The point of a snapshot may fall between the parts of a request."""
-    while self.keeper._task is not None:
-        await self.keeper.next_chance()
-    if self.closed is not None:
-        raise self.closed
-    self.disk._parts, parts = [], self.disk._parts
-    self.disk._applying, applying = None, self.disk._applying
-    try:
-        return self.keeper.begin_snapshot(), self._writer.position
-    finally:
-        self.disk._parts, self.disk._applying = parts, applying
+    for vdi in vdis:
+        while vdi.keeper._task is not None:
+            await vdi.keeper.next_chance()
+        if vdi.closed is not None:
+            raise vdi.closed
+    points = []
+    for vdi in vdis:
+        disk = vdi.disk
+        disk._parts, parts = [], disk._parts
+        disk._applying, applying = None, disk._applying
+        try:
+            points.append((vdi.keeper.begin_snapshot(), disk.writer.position))
+        finally:
+            disk._parts, disk._applying = parts, applying
+    return points
 
 
 def _at_the_end(snapshot_id: int, checkpoint: int, position: int) -> FrozenAt:
@@ -84,7 +92,7 @@ SNAPSHOTS = {
     "flattened-without-checkpoint": [patch(FlattenOperations, "_part", _part_at_once)],
     "snapshot-not-held": [patch(Disk, "hold", _not_held)],
     "snapshot-pages-freed": [patch(Holds, "needed", _none_needed)],
-    "snapshot-between-parts": [patch(Vdi, "begin_snapshot", _without_turn)],
+    "snapshot-between-parts": [patch(objstore.volume.snapshots, "begin_together", _without_turns)],
     "snapshot-not-flushed": [patch(Vdi, "durable_to", nothing)],
     "snapshot-map-of-the-end": [patch(objstore.volume.openvdis, "FrozenAt", _at_the_end)],
     "snapshot-never-released": [patch(Keeper, "end_snapshot", _never_released)],
