@@ -5,7 +5,7 @@ import itertools
 import sys
 from contextlib import ExitStack
 
-from nbdserver.cli_output import print_json
+from nbdserver.cli_output import print_json, range_table, show
 from nbdserver.cli_progress import progress
 from objstore.access.blocking import BlockingConnection
 from objstore.access.transfer import PIECE_BYTES
@@ -22,12 +22,7 @@ def diff(store: BlockingConnection, arguments: argparse.Namespace) -> None:
                 state = "hole" if change.hole else "zero" if change.zero else "data"
                 rows.append({"offset_bytes": at, "length_bytes": change.length_bytes, "state": state})
             at += change.length_bytes
-    if arguments.json:
-        print_json(rows)
-        return
-    print(f"{'OFFSET':>16}  {'LENGTH':>16}  STATE")
-    for row in rows:
-        print(f"{row['offset_bytes']:>16}  {row['length_bytes']:>16}  {row['state']}")
+    show(rows, range_table, as_json=arguments.json)
 
 
 def export_diff(store: BlockingConnection, arguments: argparse.Namespace) -> None:

@@ -83,6 +83,12 @@ def vdi_details(vdi: VdiStatus) -> str:
     )
 
 
+def range_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """One line for each range of a disk: offset_bytes, length_bytes, state."""
+    lines = [f"{row['offset_bytes']:>16}  {row['length_bytes']:>16}  {row['state']}" for row in rows]
+    return "\n".join([f"{'OFFSET':>16}  {'LENGTH':>16}  STATE", *lines])
+
+
 def limits_text(limits: Mapping[str, LimitStatus]) -> str:
     """One line for each limit."""
     rows = [

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import IO, Final
 
-from nbdserver.cli_output import print_json
+from nbdserver.cli_output import print_json, range_table, show
 from nbdserver.cli_progress import progress_bar
 from objstore.access.blocking import BlockingConnection
 from objstore.access.transfer import PIECE_BYTES, Hole
@@ -130,9 +130,4 @@ def show_map(store: BlockingConnection, arguments: argparse.Namespace) -> None:
             state = "hole" if extent.hole else "zero" if extent.zero else "data"
             rows.append({"offset_bytes": at, "length_bytes": extent.length_bytes, "state": state})
             at += extent.length_bytes
-    if arguments.json:
-        print_json(rows)
-        return
-    print(f"{'OFFSET':>16}  {'LENGTH':>16}  STATE")
-    for row in rows:
-        print(f"{row['offset_bytes']:>16}  {row['length_bytes']:>16}  {row['state']}")
+    show(rows, range_table, as_json=arguments.json)

@@ -368,10 +368,9 @@ class Connection:
         self._transmission.feed(self._handshake.take_rest())
 
     def _on_readable(self) -> None:
-        turns = self._common.turns
-        if turns.crowded:
-            assert self._share is not None
-            turns.queue(self._share, self)
+        turns, share = self._common.turns, self._share
+        if share is not None and turns.contended(share):
+            turns.queue(share, self)
         else:
             self._receive(ROUNDS_MAX)
 
@@ -551,7 +550,7 @@ class Connection:
             self._resume()
         elif (
             self._common.last_active is self
-            and not self._common.turns.crowded
+            and not (self._share is not None and self._common.turns.contended(self._share))
             and self._sender.idle
             and self._settings.busy_poll_seconds > 0
             and self._next_comes_soon()

@@ -3,7 +3,7 @@
 Every volume has a share of the loop in the ratio of the weights, as long as its clients have requests; what they leave
 is the others'. Its virtual time goes on with the time that its requests take, divided by its weight; the volume that is
 least far goes next, and one whose clients were idle begins where the others are, so nothing is saved up. The
-connections of a volume take turns. With one volume in use nothing of this is done.
+connections of a volume take turns. As long as the clients of one volume only have requests nothing of this is done.
 
 Source: Goyal, Vin, Cheng: Start-time Fair Queuing, SIGCOMM 1996 (virtual time = start tag of what is being served).
 """
@@ -17,6 +17,8 @@ from objstore.volume.base import Volume
 
 RUN_SECONDS: Final = 0.001
 """After so long whoever else waits for the event loop gets it, and newcomers join the queue."""
+CONTENDED_SECONDS: Final = 0.01
+"""So long after clients of another volume had requests they are expected to have more."""
 TASK_SECONDS: Final = 50e-6
 """What a request that could not be answered at once costs the loop besides its turn: a task, a thread's answer."""
 
@@ -51,11 +53,20 @@ class Turns:
         self._virtual = 0.0
         """Where the share is that was served last."""
         self._running = False
+        self._last: Share | None = None
+        """Whose clients had a request last, and since when none of others had."""
+        self._alone_since = 0.0
 
-    @property
-    def crowded(self) -> bool:
-        """Several volumes are in use: who has something to read has to `queue`."""
-        return len(self._shares) > 1
+    def contended(self, share: Share) -> bool:
+        """A client of this volume has something to read: whether it has to `queue`, because clients of others have had
+        something as well just now."""
+        if len(self._shares) < 2:
+            return False
+        now = self._clock()
+        if share is not self._last:
+            self._last = share
+            self._alone_since = now
+        return now - self._alone_since < CONTENDED_SECONDS
 
     def enter(self, volume: Volume) -> Share:
         """A connection begins to use a volume; `leave` follows."""
@@ -71,6 +82,8 @@ class Turns:
         share.users -= 1
         if not share.users:
             del self._shares[share.volume]
+            if self._last is share:
+                self._last = None
 
     def queue(self, share: Share, turn: Turn) -> None:
         """The connection wants a turn, once, however often it says so."""
@@ -88,12 +101,19 @@ class Turns:
         share.virtual = max(share.virtual, self._virtual) + seconds / share.volume.weight
 
     def _run(self) -> None:
-        """Give turns until nobody waits or others have to get the loop."""
+        """Give turns until nobody waits or others have to get the loop; one that fails takes nobody else's."""
+        try:
+            self._give_turns()
+        finally:
+            self._running = any(share.ready for share in self._shares.values())
+            if self._running:
+                asyncio.get_running_loop().call_soon(self._run)
+
+    def _give_turns(self) -> None:
         end = self._clock() + RUN_SECONDS
         while waiting := [share for share in self._shares.values() if share.ready]:
             began = self._clock()
             if began > end:
-                asyncio.get_running_loop().call_soon(self._run)
                 return
             share = min(waiting, key=_virtual)
             self._virtual = share.virtual
@@ -101,7 +121,6 @@ class Turns:
             del share.ready[turn]
             tasks = turn.take_turn()
             share.virtual += (self._clock() - began + tasks * TASK_SECONDS) / share.volume.weight
-        self._running = False
 
 
 def _virtual(share: Share) -> float:

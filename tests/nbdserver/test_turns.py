@@ -141,11 +141,51 @@ async def test_who_leaves_is_not_served_and_frees_the_share() -> None:
     clock = Clock()
     turns, done = Turns(clock), Counter[str]()
     ours, theirs = (Client(turns, clock, TestVolume(name=name), 1e-4, done) for name in "ab")
-    assert turns.crowded
     ours.busy = theirs.busy = False
     turns.queue(ours.share, ours)
     turns.queue(theirs.share, theirs)
     turns.leave(ours.share, ours)
     await asyncio.sleep(0)
     assert done == {"b": 1}
-    assert not turns.crowded
+    clock.now += 1
+    assert not turns.contended(theirs.share)
+    clock.now += 1e-6
+    assert not turns.contended(theirs.share), "it is alone"
+
+
+async def test_an_idle_neighbour_costs_nothing() -> None:
+    """Whoever is the only one active is served at once, and may be polled for its next request."""
+    clock = Clock()
+    turns, done = Turns(clock), Counter[str]()
+    ours, theirs = (Client(turns, clock, TestVolume(name=name), 1e-4, done) for name in "ab")
+    turns.contended(theirs.share)
+    assert turns.contended(ours.share), "the other one was served just now"
+    for _ in range(1000):
+        clock.now += 1e-4
+        turns.contended(ours.share)
+    assert not turns.contended(ours.share)
+    assert turns.contended(theirs.share)
+    assert turns.contended(ours.share)
+
+
+async def test_a_turn_that_fails_takes_nobody_elses() -> None:
+    clock = Clock()
+    turns, done = Turns(clock), Counter[str]()
+    ours, theirs = (Client(turns, clock, TestVolume(name=name), 1e-4, done) for name in "ab")
+    ours.busy = theirs.busy = False
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    ours.on_turn = fail
+    met: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: met.append(context.get("exception")))
+    turns.queue(ours.share, ours)
+    turns.queue(theirs.share, theirs)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert [type(error) for error in met] == [ZeroDivisionError]
+    assert done == {"a": 1, "b": 1}
+    turns.queue(theirs.share, theirs)
+    await asyncio.sleep(0)
+    assert done["b"] == 2
